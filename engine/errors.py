@@ -1,0 +1,60 @@
+"""Every error a user can cause. Each message names what was found, what was expected and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class FluxKitError(Exception):
+    """Base of all errors meant for the user: shown as one line, without a traceback.
+
+    `file` and `node` say where the error comes from, when that is known; hosts fill `node` in.
+    """
+
+    def __init__(self, message: str, *, file: str | Path | None = None, node: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.file = None if file is None else str(file)
+        self.node = node
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class BadModelFile(FluxKitError, ValueError):
+    """A model file is damaged, of another kind, or does not fit the place it was given to."""
+
+    def __init__(self, path: str | Path, problem: str, *, field: str | None = None,
+                 expected: object = None, found: object = None, advice: str | None = None) -> None:
+        parts = [f"{Path(path).name}: {problem}"]
+        if field is not None:
+            parts.append(f"field {field}")
+        if expected is not None:
+            parts.append(f"expected {expected}")
+        if found is not None:
+            parts.append(f"found {found}")
+        message = "; ".join(parts)
+        super().__init__(message if advice is None else f"{message}. {advice}", file=path)
+        self.field = field
+        self.expected = expected
+        self.found = found
+
+
+class MissingFile(FluxKitError, FileNotFoundError):
+    """A file that is needed is not there; the message says which one and where to put it."""
+
+
+class BadInput(FluxKitError, ValueError):
+    """A value given by the user is outside what is allowed."""
+
+
+class BadWorkflow(FluxKitError, ValueError):
+    """A workflow cannot be read, or does not hold together."""
+
+
+class NotFinite(FluxKitError, ArithmeticError):
+    """NaN or infinity where a finite value is needed: in weights, latents or pictures."""
+
+
+class Interrupted(FluxKitError):
+    """The user stopped the run; nothing was saved."""

@@ -1,0 +1,73 @@
+"""The flow transformer of FLUX.1, with BFL's names (black-forest-labs/flux, src/flux/model.py)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..specs import DEFAULT_GUIDANCE, FluxSpec
+from .layers import (
+    DoubleStreamBlock,
+    EmbedND,
+    LastLayer,
+    MLPEmbedder,
+    SingleStreamBlock,
+    timestep_embedding,
+)
+from .ops import PLAIN, Ops
+
+
+class Flux(nn.Module):
+    """Predicts velocity (noise - clean) for the tokens of a noised picture."""
+
+    def __init__(self, spec: FluxSpec, ops: Ops = PLAIN) -> None:
+        super().__init__()
+        if sum(spec.axes_dim) != spec.head_dim:
+            raise ValueError(f"rope axes {spec.axes_dim} must add up to the head width {spec.head_dim}")
+        self.spec = spec
+        self.pe_embedder = EmbedND(spec.head_dim, spec.theta, spec.axes_dim)
+        self.img_in = ops.Linear(spec.in_channels, spec.hidden_size)
+        self.time_in = MLPEmbedder(spec.frequency_dim, spec.hidden_size, ops)
+        self.vector_in = MLPEmbedder(spec.vec_in_dim, spec.hidden_size, ops)
+        self.guidance_in = MLPEmbedder(spec.frequency_dim, spec.hidden_size, ops) if spec.guidance_embed else None
+        self.txt_in = ops.Linear(spec.context_in_dim, spec.hidden_size)
+        self.double_blocks = nn.ModuleList(DoubleStreamBlock(spec, ops) for _ in range(spec.depth))
+        self.single_blocks = nn.ModuleList(SingleStreamBlock(spec, ops) for _ in range(spec.depth_single_blocks))
+        self.final_layer = LastLayer(spec, ops)
+
+    def forward(self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, timesteps: Tensor, y: Tensor,
+                guidance: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
+        """Velocity of the image tokens.
+
+        img `(B, L_img, in_channels)`; img_ids `(B, L_img, 3)`; txt `(B, L_txt, context_in_dim)`;
+        txt_ids `(B, L_txt, 3)`; timesteps `(B,)` sigma in 0..1, fp32; y `(B, vec_in_dim)`; guidance `(B,)`, used by
+        models that embed it and 3.5 when None; attn_mask broadcastable to `(B, H, L, L)` with text first.
+        Returns `(B, L_img, out_channels)` in img's dtype.
+        """
+        return self.forward_orig(img, img_ids, txt, txt_ids, timesteps, y, guidance, attn_mask=attn_mask)
+
+    def forward_orig(self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, timesteps: Tensor, y: Tensor,
+                     guidance: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
+        """BFL's forward by its public name, which other packs replace as a whole."""
+        dtype = img.dtype
+        img = self.img_in(img)
+        vec = self.vec(timesteps, y, guidance, dtype)
+        txt = self.txt_in(txt)
+        pe = self.pe_embedder(torch.cat((txt_ids, img_ids), dim=1))
+        for block in self.double_blocks:
+            img, txt = block(img=img, txt=txt, vec=vec, pe=pe, attn_mask=attn_mask)
+        x = torch.cat((txt, img), dim=1)
+        for block in self.single_blocks:
+            x = block(x, vec=vec, pe=pe, attn_mask=attn_mask)
+        out: Tensor = self.final_layer(x[:, txt.shape[1]:], vec)
+        return out
+
+    def vec(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The modulation vector `(B, hidden)` from time, guidance and pooled text."""
+        dim = self.spec.frequency_dim
+        vec: Tensor = self.time_in(timestep_embedding(timesteps.float(), dim).to(dtype))
+        if self.guidance_in is not None:
+            if guidance is None:
+                guidance = torch.full_like(timesteps, DEFAULT_GUIDANCE)
+            vec = vec + self.guidance_in(timestep_embedding(guidance.to(dtype), dim))
+        return vec + self.vector_in(y.to(dtype))
