@@ -1,0 +1,127 @@
+"""The port: what nodes and the command line may ask of the program they run in.
+
+A host is chosen explicitly, once, at start-up (`use`). It is never found by trying an import: with a ComfyUI checkout
+on sys.path such an import succeeds in a process that has nothing to do with ComfyUI, and loads half of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..engine.errors import FluxKitError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..engine.models.autoencoder import Autoencoder
+    from ..engine.models.flux import Flux
+    from ..engine.text import TextEncoders
+
+Conditioning = list[list[Any]]  # [[cond (1, L, d_model), {"pooled_output": (1, hidden), "guidance": float, ...}], ...]
+Latent = dict[str, Any]  # {"samples": (B, 16, H/8, W/8) fp32, "noise_mask"?: (B, 1, h, w), "batch_index"?: list[int]}
+Metadata = Mapping[str, Any]  # PNG text keys to JSON values: "prompt" (API format), "workflow" (UI format)
+
+
+class Progress(Protocol):
+    """Reports `value` of the total steps done; `preview` is a PIL image or None. Interrupted if the user stopped."""
+
+    def __call__(self, value: int, preview: Any = None) -> None: ...
+
+
+class Host(Protocol):
+    """CONDITIONING, LATENT, IMAGE (B, H, W, 3) fp32 0..1 and MASK (B, H, W) fp32 0..1 are ComfyUI's plain data in
+    every host; MODEL, CLIP and VAE are the host's own: made with `wrap_*` and handed back, never looked into."""
+
+    name: str
+    """"standalone" or "comfyui"."""
+
+    @property
+    def io(self) -> Any:
+        """The namespace nodes are declared with: ComfyNode, Schema, NodeOutput, Hidden, FolderType, Int, Float, String,
+        Boolean, Combo, Image, Mask, Latent, Conditioning, Model, Clip, Vae, Sigmas ..., as `comfy_api.latest.io`."""
+
+    # -- files
+    def list_files(self, kind: str) -> list[str]:
+        """Names relative to the folders of a kind ("diffusion_models", "text_encoders", "vae", "loras", "clip_vision",
+        "style_models", "checkpoints"; also "input"), slashes forward, sorted."""
+
+    def resolve_file(self, kind: str, name: str) -> Path:
+        """The file a workflow means by `name`: exact, else the only file of that base name under the kind's folders
+        although slashes, case or subfolder differ (what was taken is logged). None or several: MissingFile with near
+        matches. Kind "input" is the input folder, exact names only. Nothing outside the folders is ever returned."""
+
+    # -- objects
+    def wrap_model(self, flux: Flux, path: str | Path) -> Any:
+        """MODEL from an engine transformer; `path` is the file it came from (for messages and metadata)."""
+
+    def wrap_clip(self, text_encoders: TextEncoders, path: str | Path) -> Any:
+        """CLIP from the two engine text encoders with their tokenizers."""
+
+    def wrap_vae(self, autoencoder: Autoencoder, path: str | Path) -> Any:
+        """VAE from an engine autoencoder."""
+
+    # -- work
+    def encode_prompt(self, clip: Any, clip_text: str, t5_text: str | None = None, guidance: float | None = None,
+                      t5_length: int | None = None) -> Conditioning:
+        """CONDITIONING of a prompt. `t5_text` None: the same as `clip_text`. `guidance` None: no key, which samplers
+        read as 3.5. `t5_length` None: at least 256 tokens and never cut, as core does; else exactly that many."""
+
+    def sample(self, model: Any, positive: Conditioning, negative: Conditioning | None, latent: Latent, *, seed: int,
+               steps: int, cfg: float = 1.0, solver: str = "euler", schedule: str = "simple", denoise: float = 1.0,
+               shift: float | None = None, cfg_window: tuple[float, float] = (0.0, 1.0)) -> Latent:
+        """A LATENT (new dict, keys other than "samples" kept) from noise of `seed` (0 .. 2**64-1) over `latent`.
+
+        `negative` None or cfg 1.0: one pass a step. `solver` and `schedule` are names of the engine's tables SOLVERS
+        and SCHEDULES. `denoise` 0..1 as KSampler: total = int(steps/denoise), last steps+1 sigmas. `shift` None: the
+        model's own; else mu of the time shift. `cfg_window`: CFG only where start <= share of steps done < end.
+        Reports progress and checks for interrupts each step. BadInput, NotFinite, Interrupted.
+        """
+
+    def decode(self, vae: Any, latent: Latent) -> torch.Tensor:
+        """IMAGE (B, H, W, 3) fp32 0..1 of a LATENT."""
+
+    def encode(self, vae: Any, image: torch.Tensor) -> Latent:
+        """LATENT of an IMAGE; sides are cut to multiples of 8 about the centre, as core does."""
+
+    def save_images(self, images: torch.Tensor, prefix: str, metadata: Metadata | None = None) -> list[dict[str, str]]:
+        """Writes PNGs `<prefix>_00001_.png` ... under the output folder, never over a file; -> [{"filename",
+        "subfolder", "type": "output"}]. `metadata` is embedded as ComfyUI does ({"prompt": ..., "workflow": ...}).
+        NotFinite: nothing is written."""
+
+    # -- running
+    def progress(self, total: int) -> Progress:
+        """A callable to report steps of the node that runs now."""
+
+    def check_interrupt(self) -> None:
+        """Raises Interrupted if the user asked to stop. Call it in long loops."""
+
+    # -- where and how models run
+    @property
+    def device(self) -> torch.device:
+        """Where models compute."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype of the transformer: bf16 where the device has it, else fp16, else fp32; the user may choose."""
+
+    @property
+    def memory(self) -> str:
+        """"auto", "full", "stream" or "cpu"."""
+
+
+_current: Host | None = None
+
+
+def use(host: Host) -> None:
+    """Make `host` the one that nodes ask. Call it before importing `nodes`, whose classes are built from `host.io`."""
+    global _current
+    _current = host
+
+
+def current() -> Host:
+    """The host in use; FluxKitError if none was chosen."""
+    if _current is None:
+        raise FluxKitError("no host was chosen: call hosts.use(...) before importing nodes or running them")
+    return _current

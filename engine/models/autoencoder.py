@@ -14,8 +14,8 @@ from ..specs import GROUP_NORM_EPS, GROUP_NORM_GROUPS, AutoencoderSpec
 from .ops import PLAIN, Ops
 
 
-def _norm(channels: int, ops: Ops) -> nn.Module:
-    norm: nn.Module = ops.GroupNorm(GROUP_NORM_GROUPS, channels, eps=GROUP_NORM_EPS)
+def _norm(channels: int, ops: Ops) -> nn.GroupNorm:
+    norm: nn.GroupNorm = ops.GroupNorm(GROUP_NORM_GROUPS, channels, eps=GROUP_NORM_EPS)
     return norm
 
 
@@ -38,9 +38,10 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
-        h = self.attention(q, k, v)  # (B, H*W, C)
-        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+        # (B, 1, H*W, C), contiguous: kernels that need no (H*W)^2 memory refuse strided channels
+        q, k, v = (layer(h).flatten(2).mT.contiguous()[:, None] for layer in (self.q, self.k, self.v))
+        out: Tensor = self.proj_out(self.attention(q, k, v).mT.reshape(x.shape))  # attention gives (B, H*W, C)
+        return x + out
 
 
 class ResnetBlock(nn.Module):
@@ -53,9 +54,11 @@ class ResnetBlock(nn.Module):
         self.nin_shortcut = ops.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(swish(self.norm1(x)))
-        h = self.conv2(swish(self.norm2(h)))
-        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+        h: Tensor = self.conv1(swish(self.norm1(x)))
+        h = self.norm2(h)
+        h = self.conv2(swish(h))
+        shortcut: Tensor = x if self.nin_shortcut is None else self.nin_shortcut(x)
+        return h + shortcut
 
 
 class Downsample(nn.Module):
@@ -88,14 +91,11 @@ class Level(nn.Module):
         self.downsample: Downsample | None = None
         self.upsample: Upsample | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        if self.downsample is not None:
-            x = self.downsample(x)
-        if self.upsample is not None:
-            x = self.upsample(x)
-        return x
+    def layers(self) -> list[nn.Module]:
+        """Run by the caller one after the other: a `forward` here would keep its caller's input alive to the end, which
+        at 2048 x 2048 is 2 GB."""
+        changes = (self.downsample, self.upsample)
+        return [*self.block, *(change for change in changes if change is not None)]
 
 
 class Mid(nn.Module):
@@ -128,7 +128,9 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
         for level in self.down:
-            h = level(h)
+            assert isinstance(level, Level)
+            for layer in level.layers():
+                h = layer(h)
         out: Tensor = self.conv_out(swish(self.norm_out(self.mid(h))))
         return out
 
@@ -139,7 +141,7 @@ class Decoder(nn.Module):
         widths = [spec.ch * m for m in spec.ch_mult]
         self.conv_in = ops.Conv2d(spec.z_channels, widths[-1], 3, padding=1)
         self.mid = Mid(widths[-1], ops)
-        levels = []
+        levels: list[Level] = []
         for i in reversed(range(len(widths))):
             level = Level(widths[min(i + 1, len(widths) - 1)], widths[i], spec.num_res_blocks + 1, ops)
             if i != 0:
@@ -152,7 +154,9 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
-            h = level(h)
+            assert isinstance(level, Level)
+            for layer in level.layers():
+                h = layer(h)
         out: Tensor = self.conv_out(swish(self.norm_out(h)))
         return out
 

@@ -1,4 +1,4 @@
-"""The CLIP-L text tower, with the names of the published checkpoint (openai/clip-vit-large-patch14; arXiv 2103.00020)."""
+"""The CLIP-L text tower, with the published checkpoint's names (openai/clip-vit-large-patch14; arXiv 2103.00020)."""
 
 from __future__ import annotations
 

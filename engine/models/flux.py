@@ -70,4 +70,5 @@ class Flux(nn.Module):
             if guidance is None:
                 guidance = torch.full_like(timesteps, DEFAULT_GUIDANCE)
             vec = vec + self.guidance_in(timestep_embedding(guidance.to(dtype), dim))
-        return vec + self.vector_in(y.to(dtype))
+        vec = vec + self.vector_in(y.to(dtype))
+        return vec

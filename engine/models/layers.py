@@ -1,7 +1,7 @@
 """The blocks of the flow transformer, with BFL's names (black-forest-labs/flux, modules/layers.py).
 
-Shapes: `img` `(B, L_img, hidden)`, `txt` `(B, L_txt, hidden)`, `vec` `(B, hidden)`, `pe` `(B, 1, L, D/2, 2, 2)` fp32 with
-text first. Blocks run from (img, txt, vec, pe) alone, since other packs call them so.
+Shapes: `img` `(B, L_img, hidden)`, `txt` `(B, L_txt, hidden)`, `vec` `(B, hidden)`, `pe` `(B, 1, L, D/2, 2, 2)` fp32
+with text first. Blocks run from (img, txt, vec, pe) alone, since other packs call them so.
 """
 
 from __future__ import annotations

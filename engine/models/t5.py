@@ -1,8 +1,9 @@
-"""The T5 v1.1 encoder, with the names of the published checkpoints (google/t5-v1_1-xxl; arXiv 1910.10683, 2002.05202)."""
+"""The T5 v1.1 encoder, with the published checkpoints' names (google/t5-v1_1-xxl; arXiv 1910.10683, 2002.05202)."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,8 @@ class LayerSelfAttention(nn.Module):
         self.layer_norm = ops.RMSNorm(spec.d_model, spec.layer_norm_epsilon, "weight")
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        return x + self.SelfAttention(self.layer_norm(x), bias)
+        out: Tensor = x + self.SelfAttention(self.layer_norm(x), bias)
+        return out
 
 
 class DenseGatedActDense(nn.Module):
@@ -85,7 +87,8 @@ class LayerFF(nn.Module):
         self.layer_norm = ops.RMSNorm(spec.d_model, spec.layer_norm_epsilon, "weight")
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.DenseReluDense(self.layer_norm(x))
+        out: Tensor = x + self.DenseReluDense(self.layer_norm(x))
+        return out
 
 
 class Block(nn.Module):
@@ -105,7 +108,8 @@ class Stack(nn.Module):
         self.final_layer_norm = ops.RMSNorm(spec.d_model, spec.layer_norm_epsilon, "weight")
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        bias = self.block[0].layer[0].SelfAttention.bias(x.shape[1], x)
+        first: Any = self.block[0]
+        bias: Tensor = first.layer[0].SelfAttention.bias(x.shape[1], x)
         if mask is not None:
             bias = bias.masked_fill(~mask[:, None, None, :], torch.finfo(x.dtype).min)
         for block in self.block:

@@ -1,0 +1,11 @@
+"""Model files: opening them, telling what they are, and loading them into the engine's models."""
+
+from .containers import Checkpoint, ModelFile, TensorInfo, open_checkpoint
+from .detect import ROLE_NAMES, VARIANT_NAMES, Detection, Part, detect
+from .keymaps import from_diffusers, to_diffusers
+from .load import Match, build, choose, load, match
+
+__all__ = [
+    "ROLE_NAMES", "VARIANT_NAMES", "Checkpoint", "Detection", "Match", "ModelFile", "Part", "TensorInfo", "build",
+    "choose", "detect", "from_diffusers", "load", "match", "open_checkpoint", "to_diffusers",
+]

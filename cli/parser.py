@@ -1,0 +1,146 @@
+"""The command line's grammar. Must import in milliseconds: no torch, no models."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import NoReturn
+
+SEED_MAX = 2**64 - 1
+DTYPES = ("auto", "bf16", "fp16", "fp32")
+MEMORY = ("auto", "full", "stream", "cpu")
+
+
+class UsageError(Exception):
+    """The command line is wrong: exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises instead of printing its usage: an error is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def _non_negative(text: str) -> float:
+    value = _number(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
+def _whole(text: str, low: int, high: int | None = None) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if value < low or (high is not None and value > high):
+        span = f"below {low}" if high is None else f"outside {low} ... {high}"
+        raise argparse.ArgumentTypeError(f"{value} is {span}")
+    return value
+
+
+def _positive(text: str) -> int:
+    return _whole(text, 1)
+
+
+def _seed(text: str) -> int:
+    return _whole(text, 0, SEED_MAX)
+
+
+def _setting(text: str) -> tuple[str, str, str]:
+    """`NODE.input=value` -> its three parts. NODE may hold dots and colons (titles, `57:3`): the last dot before the
+    first equals sign divides."""
+    target, equals, value = text.partition("=")
+    node, dot, name = target.rpartition(".")
+    if not (equals and dot and node and name):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NODE.input=value, for example 31.seed=7")
+    return node.strip(), name.strip(), value
+
+
+def _add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+
+def _add_models(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--models", metavar="DIR", type=Path, action="append", default=[],
+                         help="a folder laid out like ComfyUI's models folder, or a ComfyUI folder (may repeat)")
+
+
+def _add_machine(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ... (default: auto)")
+    command.add_argument("--dtype", choices=DTYPES, default="auto",
+                         help="precision of the computation (default: bf16 where the device has it in hardware, "
+                              "else fp16, and fp32 on a CPU)")
+    command.add_argument("--memory", choices=MEMORY, default="auto",
+                         help="where weights live while a model runs (default: auto)")
+
+
+def _add_generate(commands: argparse._SubParsersAction[Parser]) -> None:
+    command = commands.add_parser("generate", help="turn a sentence into pictures",
+                                  description="Turn a sentence into pictures. Without --model: tiny-flux-dev.")
+    command.add_argument("prompt", metavar="PROMPT", help="what the picture shows; may be empty")
+    for flag, what in (("--model", "transformer or all-in-one file"), ("--t5", "T5 encoder"),
+                       ("--clip", "CLIP-L encoder"), ("--vae", "autoencoder")):
+        command.add_argument(flag, metavar="FILE", type=Path, help=f"{what}: a path, or a name in the model folders")
+    _add_models(command)
+    command.add_argument("--width", metavar="N", type=_positive, help="pixels (default: 128 for tiny-flux, 1024 else)")
+    command.add_argument("--height", metavar="N", type=_positive, help="pixels (default: the same)")
+    command.add_argument("--steps", metavar="N", type=_positive, help="default: 20; 4 for schnell")
+    command.add_argument("--seed", metavar="N", type=_seed, default=0, help="0 ... 2^64-1 (default: 0)")
+    command.add_argument("--guidance", metavar="X", type=_non_negative, default=None,
+                         help="distilled guidance of dev models (default: 3.5)")
+    command.add_argument("--negative", metavar="TEXT", help="what to keep out; needs --cfg above 1")
+    command.add_argument("--cfg", metavar="X", type=_non_negative, default=1.0,
+                         help="classifier-free guidance; above 1 every step runs twice (default: 1)")
+    command.add_argument("--count", metavar="N", type=_positive, default=1,
+                         help="pictures, with consecutive seeds and numbered files (default: 1)")
+    command.add_argument("-o", "--output", metavar="FILE", type=Path, required=True, help="a .png file")
+    _add_machine(command)
+    _add_json(command)
+
+
+def _add_run(commands: argparse._SubParsersAction[Parser]) -> None:
+    command = commands.add_parser(
+        "run", help="run a workflow file without ComfyUI",
+        description="Run a workflow JSON (API or saved format), or the one inside a PNG, without ComfyUI.")
+    command.add_argument("workflow", metavar="WORKFLOW", type=Path, help=".json, or a .png that carries a workflow")
+    command.add_argument("--set", metavar="NODE.input=value", dest="settings", type=_setting, action="append",
+                         default=[], help="change a widget; NODE is an id (57:3 inside a subgraph) or a title")
+    _add_models(command)
+    command.add_argument("--input", metavar="DIR", type=Path, action="append", default=[],
+                         help="folder of pictures that the workflow loads (may repeat; default: ./input)")
+    command.add_argument("--out", metavar="DIR", type=Path, default=Path("output"),
+                         help="folder for the results (default: ./output)")
+    _add_machine(command)
+    _add_json(command)
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="flux-kit", description="FLUX.1 pictures from the command line: the engine, nodes and "
+                    "workflow files of the ComfyUI node pack, without ComfyUI.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    _add_generate(commands)
+    _add_run(commands)
+    command = commands.add_parser("inspect", help="say what model files are", description="Say what model files are, "
+                                  "from their headers. Exit code 1 if any file is refused.")
+    command.add_argument("files", metavar="FILE", type=Path, nargs="+",
+                         help=".safetensors, .sft, a shard index or a folder")
+    _add_json(command)
+    command = commands.add_parser("doctor", help="check this installation",
+                                  description="Check packages, devices, model folders and the built-in tiny-flux.")
+    _add_models(command)
+    command.add_argument("--device", default="auto", help="the device to check (default: auto)")
+    _add_json(command)
+    return parser

@@ -1,0 +1,103 @@
+"""What `run` and `generate` share: the host from the options, the nodes, the executor, the outcome."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from .. import hosts
+from ..engine.errors import FluxKitError, MissingFile
+from ..hosts import Progress
+from ..hosts.standalone import io
+from ..hosts.standalone.executor import Executor
+from ..hosts.standalone.folders import Folders
+from ..hosts.standalone.host import StandaloneHost
+from ..hosts.standalone.validation import Nodes
+from . import report
+
+TINY_MODELS = Path(__file__).parent.parent / "tiny_flux" / "models"
+TINY_FLUX = {"transformer": "diffusion_models/tiny-flux-dev.safetensors", "t5": "text_encoders/tiny-t5.safetensors",
+             "clip_l": "text_encoders/tiny-clip_l.safetensors", "vae": "vae/tiny-ae.safetensors"}
+
+
+class _Lines(logging.Handler):
+    """Warnings of the engine and the host as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        report.note(f"flux-kit: {record.getMessage()}")
+
+
+def open_folders(models: Sequence[Path], *, inputs: Sequence[Path] = (), out: Path = Path("output")) -> Folders:
+    """The model folders, tiny-flux's last. Without `models` the current folder counts, if it holds any of theirs."""
+    for folder in (*models, *inputs):
+        if not folder.is_dir():
+            raise MissingFile(f"{folder}: there is no such folder", file=folder)
+    return Folders(models=[*(models or [Path.cwd()]), TINY_MODELS], input=inputs or [Path("input")], output=out,
+                   temp=out)
+
+
+def open_host(options: argparse.Namespace, *, out: Path, inputs: Sequence[Path] = (),
+              save_to: Callable[[int], Path] | None = None) -> StandaloneHost:
+    """The standalone host of these options, made the current one."""
+    _show_warnings()
+    check_writable(out)
+    folders = open_folders(options.models, inputs=inputs, out=out)
+    host = StandaloneHost(folders, device=options.device, dtype=options.dtype, memory=options.memory,
+                          progress_bar=progress_bar, save_to=save_to)
+    hosts.use(host)
+    return host
+
+
+def _show_warnings() -> None:
+    logger = logging.getLogger(__package__.split(".")[0] if __package__ else "")
+    if not any(isinstance(handler, _Lines) for handler in logger.handlers):
+        logger.addHandler(_Lines(logging.WARNING))
+        logger.propagate = False
+
+
+def check_writable(folder: Path) -> None:
+    """FluxKitError, before a long run and not after it, if nothing could be saved in `folder`."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise FluxKitError(f"{there} is a file, so nothing can be saved in {folder}", file=there)
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise FluxKitError(f"{there}: no permission to save anything there", file=there)
+
+
+def node_classes() -> Nodes:
+    """Every node of the standalone host by its id. Call after `open_host`: the classes are built from the host's io."""
+    from ..hosts.standalone.core_nodes import CORE_NODES
+    from ..nodes import NODES
+    classes: list[type[io.ComfyNode]] = [*NODES, *CORE_NODES]
+    return {node.GET_SCHEMA().node_id: node for node in classes}
+
+
+def executor(host: StandaloneHost, nodes: Nodes) -> Executor:
+    return Executor(nodes, check_interrupt=host.check_interrupt)
+
+
+def progress_bar(total: int) -> Progress:
+    """A bar of sampling steps on stderr; silent where stderr is no terminal."""
+    bar = tqdm(total=total, desc="steps", leave=False, disable=None, file=sys.stderr)
+
+    def report_step(value: int, preview: Any = None) -> None:
+        bar.update(value - bar.n)
+        if value >= total:
+            bar.close()
+
+    return report_step
+
+
+def tell(host: StandaloneHost, seed: int | None, started: float, *, as_json: bool) -> None:
+    """The outcome on stdout: the pictures' paths, or the JSON object."""
+    images = [str(path) for path in host.saved]
+    seconds = round(time.monotonic() - started, 3)
+    report.result({"ok": True, "images": images, "seed": seed, "seconds": seconds}, images, as_json=as_json)

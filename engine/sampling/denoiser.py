@@ -1,0 +1,203 @@
+"""The denoiser: a flow transformer with prompts, as a function from (noisy latents, sigma) to clean latents.
+
+Takes ComfyUI's CONDITIONING, a list of `[cond (B, L, d), {"pooled_output": (B, d), "guidance": float, ...}]`, and does
+with it what ComfyUI's own sampling does. Knows nothing of schedules' names, solvers or noise.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BadInput, NotFinite
+from ..specs import DEFAULT_GUIDANCE, FluxSpec
+from .latents import image_ids, patchify, text_ids, unpatchify
+from .sigmas import FlowTable, table_for
+
+log = logging.getLogger(__name__)
+
+Conditioning = Sequence[Sequence[Any]]
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+"""img_ids, txt, txt_ids, y, guidance: the transformer's inputs that do not change from step to step."""
+
+UNDERSTOOD = {"pooled_output", "guidance", "strength", "start_percent", "end_percent"}
+HARMLESS = {  # what text encoders and core nodes leave behind and no FLUX.1 model reads
+    "width", "height", "crop_w", "crop_h", "target_width", "target_height", "aesthetic_score", "prompt_type", "uuid",
+    "cross_attn", "model_conds", "clip_start_percent", "clip_end_percent", "add_dict", "unpooled_output",
+}
+OTHER_MODELS = {  # read by models with wider inputs only; ComfyUI drops them too, and the mask acts on the latent
+    "concat_latent_image", "concat_mask", "concat_image",
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One entry of a conditioning, checked: active while sigma_end <= sigma <= sigma_start."""
+
+    txt: Tensor                 # (B or 1, L, context_in_dim)
+    y: Tensor                   # (B or 1, vec_in_dim)
+    guidance: float = DEFAULT_GUIDANCE
+    strength: float = 1.0
+    sigma_start: float = 1.0
+    sigma_end: float = 0.0
+
+    @property
+    def always(self) -> bool:
+        return self.sigma_start >= 1 and self.sigma_end <= 0
+
+
+def read_conditioning(conditioning: Conditioning, spec: FluxSpec, table: FlowTable, role: str = "positive"
+                      ) -> list[Prompt]:
+    """Check a conditioning against the model. `role` names it in errors.
+
+    Raises BadInput for shapes that are not this model's, entries this engine does not act on, and an empty list;
+    NotFinite for NaN or infinity.
+    """
+    if not conditioning:
+        raise BadInput(f"the {role} conditioning is empty; connect an encoded prompt (an empty text is allowed)")
+    return [_read_entry(cond, options, spec, table, role) for cond, options in conditioning]
+
+
+def _read_entry(cond: Tensor, options: Mapping[str, Any], spec: FluxSpec, table: FlowTable, role: str) -> Prompt:
+    unknown = sorted(key for key, value in options.items()
+                     if value is not None and key not in UNDERSTOOD | HARMLESS | OTHER_MODELS)
+    if unknown:
+        raise BadInput(f"the {role} conditioning carries {', '.join(map(repr, unknown))}, which this sampler does not "
+                       "act on; remove the node that added it")
+    dropped = sorted(OTHER_MODELS & {key for key, value in options.items() if value is not None})
+    if dropped:
+        log.warning("%s conditioning: %s ignored, because this model (%s) has no input for it",
+                    role, ", ".join(dropped), spec.variant)
+    pooled = options.get("pooled_output")
+    if pooled is None:
+        raise BadInput(f"the {role} conditioning has no pooled CLIP-L vector ('pooled_output'); encode the prompt with "
+                       "both CLIP-L and T5, or with type 'flux'")
+    for name, tensor, dims, width, encoder in (("text", cond, 3, spec.context_in_dim, "T5"),
+                                               ("pooled", pooled, 2, spec.vec_in_dim, "CLIP-L")):
+        if tensor.ndim != dims or tensor.shape[-1] != width or 0 in tensor.shape:
+            raise BadInput(f"the {role} conditioning's {name} part has shape {tuple(tensor.shape)}, this model needs a "
+                           f"last side of {width} ({encoder}); encode the prompt with FLUX.1's text encoders")
+        if not torch.isfinite(tensor).all():
+            raise NotFinite(f"the {role} conditioning's {name} part holds NaN or infinity; check the {encoder} file, "
+                            "and run the text encoders in bf16 or fp32 if they run in fp16")
+    return Prompt(txt=cond, y=pooled, guidance=_guidance(options, spec, role), strength=_strength(options, role),
+                  sigma_start=_as_fp32(table.percent_to_sigma(options.get("start_percent", 0.0))),
+                  sigma_end=_as_fp32(table.percent_to_sigma(options.get("end_percent", 1.0))))
+
+
+def _as_fp32(value: float) -> float:
+    """Rounded as sigmas are, so that a step exactly on a border counts as inside."""
+    return float(torch.tensor(value, dtype=torch.float32))
+
+
+def _guidance(options: Mapping[str, Any], spec: FluxSpec, role: str) -> float:
+    guidance = options.get("guidance", DEFAULT_GUIDANCE)
+    if guidance is None:
+        if spec.guidance_embed:
+            raise BadInput(f"the {role} conditioning switches the guidance embedding off, which this engine cannot do "
+                           "yet; remove the node that disables guidance")
+        return DEFAULT_GUIDANCE  # not read by a model without the embedding
+    if not math.isfinite(guidance):
+        raise BadInput(f"guidance {guidance} in the {role} conditioning is not a finite number; usual values are 1..10")
+    return float(guidance)
+
+
+def _strength(options: Mapping[str, Any], role: str) -> float:
+    strength = float(options.get("strength", 1.0))
+    if not math.isfinite(strength) or strength <= 0:
+        raise BadInput(f"strength {strength} in the {role} conditioning must be above 0")
+    return strength
+
+
+def repeat_to_batch(tensor: Tensor, batch: int) -> Tensor:
+    """Bring the first axis to `batch`: cut when longer, repeated in order (0, 1, 0, 1, ...) when shorter."""
+    if tensor.shape[0] < batch:
+        repeats = math.ceil(batch / tensor.shape[0])
+        tensor = tensor.repeat(repeats, *[1] * (tensor.ndim - 1))
+    return tensor[:batch]
+
+
+class Denoiser:
+    """`denoiser(x, sigma)`: x `(B, 16, h, w)` fp32 and sigma `(B,)` -> the model's estimate of the clean latents.
+
+    denoised = x - sigma * velocity, in fp32 whatever the compute dtype. With `cfg` other than 1 the negative prompt
+    runs too, on its own with its own token count, and denoised = u + (c - u) * cfg wherever `cfg_window[0]` <= sigma
+    <= `cfg_window[1]` (sigmas, 0..1); outside the window the positive alone counts. Several entries of one
+    conditioning are averaged by their strengths. `dtype` is the compute dtype, by default that of the model's
+    weights; sigma reaches the model in fp32, guidance as the model rounds it.
+    """
+
+    def __init__(self, flux: nn.Module, positive: Conditioning, negative: Conditioning | None = None, cfg: float = 1.0,
+                 cfg_window: tuple[float, float] = (0.0, 1.0), *, dtype: torch.dtype | None = None,
+                 table: FlowTable | None = None) -> None:
+        spec: FluxSpec = flux.spec  # type: ignore[assignment]
+        if spec.in_channels != spec.out_channels:
+            raise BadInput(f"this is a '{spec.variant}' model, which needs a picture beside the latent; use the nodes "
+                           "for it, or load FLUX.1 dev or schnell")
+        if not math.isfinite(cfg):
+            raise BadInput(f"cfg {cfg} is not a finite number; 1 switches the negative prompt off")
+        if not 0 <= cfg_window[0] <= cfg_window[1]:
+            raise BadInput(f"cfg window {cfg_window} must be two rising sigmas, 0..1")
+        table = table or table_for(spec)
+        self.flux, self.spec = flux, spec
+        self.cfg, self.cfg_window = cfg, (_as_fp32(cfg_window[0]), _as_fp32(cfg_window[1]))
+        self.positive = read_conditioning(positive, spec, table)
+        self.negative: list[Prompt] = []
+        if not math.isclose(cfg, 1.0):
+            if negative is None:
+                raise BadInput(f"cfg {cfg} needs a negative prompt; connect one (an empty text is allowed), "
+                               "or set cfg to 1")
+            self.negative = read_conditioning(negative, spec, table, "negative")
+        weights = next(flux.parameters())
+        self.device = weights.device
+        self.dtype = dtype or weights.dtype
+        if not self.dtype.is_floating_point:
+            raise BadInput(f"a model with packed weights ({self.dtype}) does not tell its compute dtype; name one")
+        self._kept: dict[tuple[object, ...], Inputs] = {}
+        self._timed = self.cfg_window[0] > 0 or self.cfg_window[1] < 1 or not all(
+            prompt.always for prompt in (*self.positive, *self.negative))
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        # Reading sigma back makes a device wait for the host, so only prompts and windows that need it pay for it.
+        level = float(sigma[0]) if self._timed else 0.5
+        denoised = self._mean(self.positive, x, sigma, level, "positive")
+        if self.negative and self.cfg_window[0] <= level <= self.cfg_window[1]:
+            unguided = self._mean(self.negative, x, sigma, level, "negative")
+            denoised = unguided + (denoised - unguided) * self.cfg
+        return denoised
+
+    def _mean(self, prompts: list[Prompt], x: Tensor, sigma: Tensor, level: float, role: str) -> Tensor:
+        active = [prompt for prompt in prompts if prompt.sigma_end <= level <= prompt.sigma_start]
+        if not active:
+            raise BadInput(f"no part of the {role} conditioning is active at sigma {level:.4f}; "
+                           "widen its start and end")
+        if len(active) == 1:
+            return self._denoise(active[0], x, sigma)
+        total = sum(prompt.strength for prompt in active)
+        parts = [self._denoise(prompt, x, sigma) * (prompt.strength / total) for prompt in active]
+        return torch.stack(parts).sum(0)
+
+    def _denoise(self, prompt: Prompt, x: Tensor, sigma: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        img_ids, txt, txt_ids, y, guidance = self._inputs(prompt, x)
+        velocity: Tensor = self.flux(patchify(x).to(self.dtype), img_ids, txt, txt_ids, sigma.float(), y, guidance)
+        return x - unpatchify(velocity, height, width).to(x.dtype) * sigma.to(x.dtype).view(-1, 1, 1, 1)
+
+    def _inputs(self, prompt: Prompt, x: Tensor) -> Inputs:
+        """What stays the same over all steps, kept on the device: copying it there each step would stall it."""
+        batch, _, height, width = x.shape
+        key = (id(prompt), batch, height, width, x.device)
+        if key not in self._kept:
+            txt = repeat_to_batch(prompt.txt, batch).to(x.device, self.dtype)
+            self._kept[key] = (
+                image_ids(batch, height, width, device=x.device), txt,
+                text_ids(batch, txt.shape[1], device=x.device),
+                repeat_to_batch(prompt.y, batch).to(x.device, self.dtype),
+                torch.full((batch,), prompt.guidance, device=x.device) if self.spec.guidance_embed else None)
+        return self._kept[key]

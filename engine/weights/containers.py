@@ -1,0 +1,289 @@
+"""Opening model files: what tensors are there, of what shape and stored type, and where their bytes lie.
+
+A container is judged, not its meaning: every well-formed file opens, Flux or not (`detect` judges meaning). Read today:
+safetensors (`.safetensors`, `.sft`), a shard index (`*.safetensors.index.json`), and a folder holding either.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BadModelFile, MissingFile
+from .header import read_header, show
+
+SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
+INDEX_SUFFIX = ".safetensors.index.json"
+MAX_INDEX_BYTES = 32 << 20
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
+WHOLE_FILE_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+"""What diffusers and transformers call an unsharded file; it is taken when a folder holds precision variants too."""
+
+TORCH_DTYPES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
+    "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+    "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu",
+}
+"""Stored type -> torch's name for it; what is not here, or not in this torch, is read as bytes."""
+
+
+def torch_dtype(format: str) -> torch.dtype | None:
+    """The dtype that holds `format` element by element, or None for packed types and those this torch lacks."""
+    dtype = getattr(torch, TORCH_DTYPES.get(format, ""), None)
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+class ModelFile:
+    """One file on the disk, mapped into memory when first read.
+
+    `identity` (device, inode, size, mtime in ns) tells whether the file was replaced. Nothing is held open before the
+    first read; after `release` the map lives only as long as tensors that look into it.
+    """
+
+    def __init__(self, path: Path, stat: os.stat_result) -> None:
+        self.path = path
+        self.identity = identity(stat)
+        self._map: mmap.mmap | None = None
+
+    def view(self, offset: int, nbytes: int) -> Tensor:
+        """Bytes `offset` to `offset + nbytes` as uint8 `(nbytes,)`, a copy-on-write view of the file."""
+        if nbytes == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        if self._map is None:
+            self._map = self._mapped()
+        # torch keeps a reference to the map but no buffer lock, so the map must never be closed by hand
+        return torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes, offset=offset)
+
+    def release(self) -> None:
+        self._map = None
+
+    def _mapped(self) -> mmap.mmap:
+        with _opened(self.path) as file:
+            if identity(os.fstat(file.fileno())) != self.identity:
+                raise BadModelFile(self.path, "the file has changed since it was opened", advice="Load it again")
+            return _copy_on_write(file.fileno())
+
+
+def _copy_on_write(fileno: int) -> mmap.mmap:
+    """The whole file. Copy-on-write rather than read-only: a write into a weight costs its page, not the process.
+
+    Linux would set memory aside for writes to all of it, and refuse where there is less memory than file.
+    """
+    if sys.platform == "linux":
+        no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named since Python 3.12
+        return mmap.mmap(fileno, 0, flags=mmap.MAP_PRIVATE | no_reserve, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    return mmap.mmap(fileno, 0, access=mmap.ACCESS_COPY)
+
+
+def identity(stat: os.stat_result) -> tuple[int, int, int, int]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One stored tensor.
+
+    `shape` is logical and in torch's order, also for packed types; `format` the stored type's name (`"BF16"`);
+    `nbytes` its size on disk; `offset` where its bytes begin in `file`.
+    """
+
+    shape: tuple[int, ...]
+    format: str
+    nbytes: int
+    offset: int = field(repr=False)
+    file: ModelFile = field(repr=False, compare=False)
+
+    def read(self) -> Tensor:
+        """The data, memory-mapped: `shape` in the stored dtype, or uint8 `(nbytes,)` for types torch cannot hold."""
+        raw = self.file.view(self.offset, self.nbytes)
+        dtype = torch_dtype(self.format)
+        if dtype is None:
+            return raw
+        if self.offset % dtype.itemsize:
+            raw = raw.clone()  # the format does not promise alignment; kernels expect it
+        return raw.view(dtype).reshape(self.shape)
+
+
+class Checkpoint(Mapping[str, TensorInfo]):
+    """The tensors of a file, a set of shards or a folder, by name; a context manager.
+
+    `path` is what was opened, `metadata` the header's text entries (of all shards, the first to name a key counts),
+    `files` the files behind it. Tensors read before `close` stay valid after it.
+    """
+
+    def __init__(self, path: Path, tensors: dict[str, TensorInfo], metadata: dict[str, str],
+                 files: tuple[ModelFile, ...]) -> None:
+        self.path, self.metadata, self.files = path, metadata, files
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, {len(self)} tensors)"
+
+    def close(self) -> None:
+        """Lets go of the files. Each is unmapped once no tensor read from it is left."""
+        for file in self.files:
+            file.release()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Opens a `.safetensors`/`.sft` file, a `*.safetensors.index.json`, or a folder with one of these.
+
+    Only headers are read, whatever the files' size. Raises `MissingFile`, or `BadModelFile` for what is damaged, of an
+    unknown kind, a pickle, or not supported.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = _inside_folder(path)
+    name = path.name.lower()
+    if not path.exists():
+        raise MissingFile(f"{path}: there is no such file or folder", file=path)
+    if name.endswith(INDEX_SUFFIX):
+        return _open_shards(path)
+    if name.endswith(SAFETENSORS_SUFFIXES):
+        return _open_safetensors(path)
+    if name.endswith(PICKLE_SUFFIXES):
+        raise BadModelFile(path, "this is a pickle, which can run code when opened, and is never opened",
+                           expected=" or ".join(SAFETENSORS_SUFFIXES), found=path.suffix,
+                           advice="Get the .safetensors version, or convert it where you trust it: "
+                                  "safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW_FILE)")
+    if name.endswith(".gguf"):
+        raise BadModelFile(path, "GGUF is not supported yet", expected=" or ".join(SAFETENSORS_SUFFIXES),
+                           found=path.suffix, advice="Use the .safetensors version of this model")
+    raise BadModelFile(path, "not a kind of model file known here",
+                       expected=f"{', '.join(SAFETENSORS_SUFFIXES)}, {INDEX_SUFFIX} or a folder",
+                       found=path.suffix or "no suffix")
+
+
+def _opened(path: Path) -> Any:
+    """The file, open for reading bytes; what the system refuses is said with the file's name."""
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise BadModelFile(path, f"cannot be opened ({error.strerror})") from error
+
+
+def _open_safetensors(path: Path) -> Checkpoint:
+    if not path.is_file():
+        raise BadModelFile(path, "not a regular file")
+    with _opened(path) as file:
+        stat = os.fstat(file.fileno())
+        header = read_header(file, path, stat.st_size)
+    source = ModelFile(path, stat)
+    tensors = {name: TensorInfo(entry.shape, entry.format, entry.end - entry.begin, header.data_start + entry.begin,
+                                source)
+               for name, entry in header.entries.items()}
+    return Checkpoint(path, tensors, header.metadata, (source,))
+
+
+def _inside_folder(folder: Path) -> Path:
+    """The one index or model file of a folder, as diffusers and transformers lay out a component."""
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    indexes = [name for name in names if name.lower().endswith(INDEX_SUFFIX)]
+    models = [name for name in names if name.lower().endswith(SAFETENSORS_SUFFIXES)]
+    for candidates in (indexes, models):
+        if len(candidates) == 1:
+            return folder / candidates[0]
+        preferred = [name for name in candidates if name.removesuffix(".index.json") in WHOLE_FILE_NAMES]
+        if len(preferred) == 1:
+            return folder / preferred[0]
+        if candidates:
+            raise BadModelFile(folder, "the folder holds several models", expected="one",
+                               found=", ".join(map(show, candidates[:5])), advice="Name the file")
+    if "model_index.json" in names:
+        raise BadModelFile(folder, "this is the folder of a whole pipeline", expected="the folder of one component",
+                           found="model_index.json", advice="Name its part, such as transformer, text_encoder or vae")
+    pickles = [name for name in names if name.lower().endswith(PICKLE_SUFFIXES)]
+    if pickles:
+        raise BadModelFile(folder, "the folder holds pickles only, which can run code when opened",
+                           expected=".safetensors", found=", ".join(map(show, pickles[:5])),
+                           advice="Get the .safetensors version")
+    raise BadModelFile(folder, "the folder holds no model", expected=f".safetensors, .sft or {INDEX_SUFFIX}",
+                       found=", ".join(map(show, names[:5])) or "nothing")
+
+
+def _open_shards(path: Path) -> Checkpoint:
+    """`{"weight_map": {TENSOR: FILE}, "metadata": {...}}`: every tensor in the shard the index names, and no other."""
+    weight_map = _read_index(path)
+    shards: dict[str, Checkpoint] = {}
+    for file_name in sorted(set(weight_map.values())):
+        shard_path = path.parent / _shard_name(path, file_name)
+        if not shard_path.is_file():
+            raise BadModelFile(path, "incomplete download: a shard is missing", field="weight_map",
+                               expected=show(file_name), found="no such file beside the index",
+                               advice="Download it into the same folder")
+        shards[file_name] = _open_safetensors(shard_path)
+    lost = sorted(name for name, file_name in weight_map.items() if name not in shards[file_name])
+    stray = sorted(name for file_name, shard in shards.items() for name in shard if weight_map.get(name) != file_name)
+    if lost or stray:
+        raise BadModelFile(path, "the index and its shards do not belong together", field="weight_map",
+                           expected=f"{len(weight_map)} tensors in {len(shards)} files",
+                           found=f"{len(lost)} of them missing and {len(stray)} others, such as "
+                                 + ", ".join(map(show, (lost + stray)[:5])),
+                           advice="Download index and shards again, from one place")
+    metadata: dict[str, str] = {}
+    for shard in shards.values():
+        metadata = {**shard.metadata, **metadata}
+    tensors = {name: shards[file_name][name] for name, file_name in weight_map.items()}
+    return Checkpoint(path, tensors, metadata, tuple(file for shard in shards.values() for file in shard.files))
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    with _opened(path) as file:
+        text = file.read(MAX_INDEX_BYTES + 1)
+    if len(text) > MAX_INDEX_BYTES:
+        raise BadModelFile(path, "the index is too large", expected=f"at most {MAX_INDEX_BYTES} bytes")
+    try:
+        index = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except RecursionError as error:
+        raise BadModelFile(path, "the index is nested too deep", field="JSON") from error
+    except ValueError as error:  # JSON, UTF-8 and duplicates alike
+        raise BadModelFile(path, "the index is damaged", field="JSON", found=str(error)) from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
+        raise BadModelFile(path, "not a shard index", field="weight_map", expected="tensor names and file names",
+                           found=type(weight_map).__name__)
+    return weight_map
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice")
+    return found
+
+
+def _shard_name(path: Path, name: str) -> str:
+    """A name that stays in the index's folder on every system; links inside the folder are the user's own."""
+    parts = PurePosixPath(name).parts
+    if (not parts or "\\" in name or "\x00" in name or ".." in parts or PurePosixPath(name).is_absolute()
+            or PureWindowsPath(name).drive or not name.lower().endswith(SAFETENSORS_SUFFIXES)):
+        raise BadModelFile(path, "the index names a file it may not name", field="weight_map",
+                           expected="a .safetensors file in the same folder", found=show(name))
+    return name

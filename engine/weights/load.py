@@ -1,0 +1,164 @@
+"""From a checkpoint to a model: strict, and without copying what already is as it should be."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BadModelFile, NotFinite
+from ..models.autoencoder import Autoencoder
+from ..models.clip import ClipText
+from ..models.flux import Flux
+from ..models.ops import PLAIN, Ops
+from ..models.t5 import T5Encoder
+from .containers import Checkpoint, TensorInfo, open_checkpoint
+from .detect import ROLE_NAMES, VARIANT_NAMES, Detection, Part, detect
+from .header import show
+from .keymaps import Shape, Source, assemble, source_of
+
+log = logging.getLogger(__name__)
+
+MODELS: Mapping[str, Callable[..., nn.Module]] = {
+    "transformer": Flux, "t5": T5Encoder, "clip_l": ClipText, "vae": Autoencoder,
+}
+LOADABLE = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+"""Stored types that are weights as they stand; other types need side tensors to mean something."""
+SMALL_ELEMENTS = 1 << 16
+"""Tensors up to this size, biases and scales among them, are searched for NaN and infinity at load."""
+EXAMPLES = 5
+
+
+@dataclass(frozen=True)
+class Match:
+    """A part compared with the model it should fill. Names are ours in `sources`, the checkpoint's elsewhere."""
+
+    sources: Mapping[str, Source]
+    missing: tuple[str, ...]
+    misshapen: tuple[str, ...]
+    """Each `name: shape found, shape expected`."""
+    unknown: tuple[str, ...]
+    unloadable: tuple[str, ...]
+    """Each `name (stored type)`."""
+
+
+def build(part: Part, ops: Ops = PLAIN) -> nn.Module:
+    """The part's model on the meta device: names and shapes, no memory."""
+    with torch.device("meta"):
+        return MODELS[part.role](part.spec, ops).requires_grad_(False).eval()
+
+
+def match(checkpoint: Mapping[str, TensorInfo], part: Part, wanted: Mapping[str, Shape]) -> Match:
+    """Compares a part with the names and shapes `wanted` (ours)."""
+    assert part.spec is not None
+    source = source_of(part.layout, part.spec)
+    sources = {name: source(name, shape) for name, shape in wanted.items()}
+    missing, misshapen, unloadable = [], [], []
+    used = set()
+    for where in sources.values():
+        for name, shape in zip(where.names, where.shapes, strict=True):
+            used.add(name)
+            if name not in part.names:
+                missing.append(part.prefix + name)
+                continue
+            info = checkpoint[part.names[name]]
+            if info.shape != shape:
+                misshapen.append(f"{show(part.names[name])}: {list(info.shape)}, expected {list(shape)}")
+            elif info.format not in LOADABLE:
+                unloadable.append(f"{show(part.names[name])} ({info.format})")
+    unknown = [found for name, found in part.names.items() if name not in used]
+    return Match(sources, tuple(missing), tuple(misshapen), tuple(unknown), tuple(unloadable))
+
+
+def load(source: str | os.PathLike[str] | Checkpoint, role: str, *, variant: Collection[str] | None = None,
+         dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu",
+         ops: Ops = PLAIN) -> nn.Module:
+    """The model of `role` (`transformer`, `t5`, `clip_l` or `vae`) from a file, folder or open checkpoint.
+
+    `variant`: for a transformer, the kinds allowed (`dev`, `schnell`, `fill`, `control`); None allows all.
+    `dtype`: of the weights; None keeps each as stored. Weights already of that dtype on the CPU stay memory-mapped:
+    loading takes no memory, and the file stays mapped until the model is gone.
+    Returns a `Flux`, `T5Encoder`, `ClipText` or `Autoencoder`, with `.spec`, in eval mode, without gradients.
+    Raises `BadModelFile` for a wrong role, variant or size, for missing, misshapen or unknown tensors; `NotFinite` for
+    NaN or infinity in small tensors such as scales and norms. Tensors outside all known modules are logged once.
+    """
+    if isinstance(source, Checkpoint):
+        return _load(source, role, variant, dtype, torch.device(device), ops)
+    with open_checkpoint(source) as checkpoint:
+        return _load(checkpoint, role, variant, dtype, torch.device(device), ops)
+
+
+def _load(checkpoint: Checkpoint, role: str, variant: Collection[str] | None, dtype: torch.dtype | None,
+          device: torch.device, ops: Ops) -> nn.Module:
+    detection = detect(checkpoint)
+    part = choose(checkpoint, detection, role, variant)
+    model = build(part, ops)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = match(checkpoint, part, wanted)
+    refuse(checkpoint, part, found, len(wanted))
+    if detection.unknown:
+        log.warning("%s: %d tensors belong to nothing known and are not used: %s%s", checkpoint.path.name,
+                    len(detection.unknown), ", ".join(map(show, detection.unknown[:50])),
+                    "" if len(detection.unknown) <= 50 else ", ...")
+    for note in part.notes:
+        log.warning("%s: %s", checkpoint.path.name, note)
+
+    def read(name: str) -> Tensor:
+        return checkpoint[part.names[name]].read()
+
+    weights = {}
+    for name, where in found.sources.items():
+        weights[name] = assemble(where, wanted[name], read, dtype=dtype, device=device)
+        if weights[name].numel() <= SMALL_ELEMENTS:
+            _check_finite(checkpoint, part, where, weights[name])
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def choose(checkpoint: Checkpoint, detection: Detection, role: str, variant: Collection[str] | None = None) -> Part:
+    """The part of `role`, once it is one that can be loaded; else `BadModelFile` says what the file is."""
+    if role not in MODELS:
+        raise ValueError(f"role must be one of {', '.join(MODELS)}, not {role!r}")
+    part = detection.parts.get(role)
+    if part is None or part.foreign:
+        raise BadModelFile(checkpoint.path, f"asked for {ROLE_NAMES[role]}, this is "
+                                            f"{detection.family if part is None else part.family}",
+                           expected=ROLE_NAMES[role], found=detection.role,
+                           advice="Choose another file, or load this one where its kind is wanted")
+    if part.problems or part.spec is None:
+        raise BadModelFile(checkpoint.path, f"{part.family} that cannot be loaded: " + "; ".join(part.problems),
+                           advice="Choose another file")
+    if variant is not None and part.variant not in variant:
+        allowed = " or ".join(VARIANT_NAMES[name] for name in variant)
+        raise BadModelFile(checkpoint.path, f"this is a {VARIANT_NAMES[str(part.variant)]} model", field="variant",
+                           expected=allowed, found=part.variant, advice="Choose another file, or another node for it")
+    return part
+
+
+def refuse(checkpoint: Checkpoint, part: Part, found: Match, wanted: int) -> None:
+    """Raises `BadModelFile` for the first kind of mismatch, with its count and five examples."""
+    for names, problem, expected, advice in (
+            (found.missing, "tensors are missing", f"{wanted} weights", "Download it again, or get another version"),
+            (found.misshapen, "tensors have the wrong shape", None, "Get another version of this model"),
+            (found.unloadable, "weights are stored in a type that cannot be loaded",
+             " or ".join(LOADABLE), "Get another version of this model"),
+            (found.unknown, "tensors are unknown inside a module that is loaded", None,
+             "The file may be of another family or precision; get another version")):
+        if names:
+            examples = ", ".join(name if ":" in name or "(" in name else show(name) for name in names[:EXAMPLES])
+            more = "" if len(names) <= EXAMPLES else ", ..."
+            raise BadModelFile(checkpoint.path, f"{part.family}: {len(names)} {problem}", expected=expected,
+                               found=examples + more, advice=advice)
+
+
+def _check_finite(checkpoint: Checkpoint, part: Part, where: Source, weight: Tensor) -> None:
+    """NaN or infinity in a scale or bias poisons every picture: it is named here, not as a black picture."""
+    values = weight.float() if weight.dtype.itemsize == 1 else weight
+    if not bool(torch.isfinite(values).all()):
+        names = ", ".join(show(part.names[name]) for name in where.names)
+        raise NotFinite(f"{checkpoint.path.name}: NaN or infinity in {names}. The file is damaged, or its numbers do "
+                        f"not fit {weight.dtype}; download it again or load it in another dtype", file=checkpoint.path)

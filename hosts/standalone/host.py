@@ -1,0 +1,342 @@
+"""The standalone host: the port of `hosts` on the engine alone, on one device."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ...engine import sampling
+from ...engine.errors import BadInput, BadModelFile, FluxKitError, Interrupted, NotFinite
+from ...engine.models.autoencoder import Autoencoder
+from ...engine.models.clip import ClipText
+from ...engine.models.flux import Flux
+from ...engine.models.t5 import T5Encoder
+from ...engine.models.tiling import ROWS, decode_tiled
+from ...engine.sampling import Denoiser, process_out, table_for
+from ...engine.specs import FLUX_AE
+from ...engine.text import TextEncoders, find_tokenizer
+from ...engine.weights import detect, load, open_checkpoint
+from .. import Conditioning, Latent, Metadata, Progress, current
+from . import io as _io
+from .folders import Folders
+from .images import read_image
+from .objects import Clip, Guider, Model, Noise, Sampled, Vae, cfg_window_in_sigmas, checked_samples, schedule_sigmas
+from .png import save_numbered, save_png
+
+log = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=nn.Module)
+ProgressBar = Callable[[int], Progress]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TILED_FROM = 2 * 1024 * 1024 // FLUX_AE.downscale**2  # latent pixels of an item
+ENCODER_ROLES = ("clip_l", "t5")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name; "auto" takes CUDA, then MPS, then the CPU. BadInput if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch built without CUDA
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadInput(f"device {name!r} cannot be used: {reason}") from error
+    if device.type == "meta":
+        raise BadInput("device 'meta' holds no data; choose cpu, cuda or mps")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute dtype of a name; "auto": bf16 where the device has it in hardware, else fp16; fp32 on a CPU."""
+    if name != "auto":
+        if name not in DTYPES:
+            raise BadInput(f"dtype {name!r} is not one of auto, {', '.join(DTYPES)}")
+        return DTYPES[name]
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.float32 if device.type == "cpu" else torch.float16
+
+
+def metadata_of(hidden: Any) -> dict[str, Any]:
+    """What a saved picture carries, from a node's `cls.hidden`."""
+    prompt = {} if hidden.prompt is None else {"prompt": hidden.prompt}
+    return {**prompt, **(hidden.extra_pnginfo or {})}
+
+
+class StandaloneHost:
+    """Model folders, one device and dtype, and the engine. Loaded models are shared as long as something holds them.
+
+    `progress_bar(total)` makes what reports steps; `save_to(number)` names the file of the n-th saved picture of this
+    host instead of `<output>/<prefix>_00001_.png`.
+    """
+
+    name = "standalone"
+
+    def __init__(self, folders: Folders, *, device: str = "auto", dtype: str = "auto", memory: str = "auto",
+                 progress_bar: ProgressBar | None = None, save_to: Callable[[int], Path] | None = None) -> None:
+        if memory == "stream":
+            raise BadInput("memory 'stream' is not in this version; choose auto, full or cpu")
+        self.folders = folders
+        self.device = choose_device("cpu" if memory == "cpu" else device)
+        self.dtype = choose_dtype(dtype, self.device)
+        self.memory = memory
+        self.saved: list[Path] = []
+        self._save_to = save_to
+        self._progress_bar = progress_bar
+        self._interrupt = threading.Event()
+        self._named: dict[tuple[str, str], Path] = {}
+        self._loaded: WeakValueDictionary[tuple[Any, ...], nn.Module] = WeakValueDictionary()
+
+    @property
+    def io(self) -> ModuleType:
+        return _io
+
+    # -- files
+    def list_files(self, kind: str) -> list[str]:
+        return sorted({*self.folders.list_files(kind), *(name for of_kind, name in self._named if of_kind == kind)})
+
+    def resolve_file(self, kind: str, name: str) -> Path:
+        return self._named.get((kind, name)) or self.folders.resolve_file(kind, name)
+
+    def name_file(self, kind: str, path: Path) -> str:
+        """The name by which nodes reach a file that the user named by its path, wherever it lies."""
+        real = path.resolve()
+        for root in (root.resolve() for root in self.folders.roots(kind)):
+            if real.is_relative_to(root):
+                name = real.relative_to(root).as_posix()
+                if name in self.folders.list_files(kind) and self.folders.resolve_file(kind, name).samefile(real):
+                    return name
+        parts = real.parts[1:]
+        tails = ("/".join(parts[-count:]) for count in range(1, len(parts) + 1))  # as much as tells two files apart
+        name = next(tail for tail in tails if self._named.get((kind, tail), real) == real)
+        self._named[kind, name] = real
+        return name
+
+    def check_input_image(self, name: str | None) -> bool | str:
+        """Answer of a node's `validate_inputs` for a picture name; None: linked."""
+        try:
+            if name is not None:
+                self.resolve_file("input", name)
+        except FluxKitError as error:
+            return error.message
+        return True
+
+    def input_fingerprint(self, name: str | None) -> tuple[str, int, int] | None:
+        """Changes when the picture's file does."""
+        if name is None:
+            return None
+        status = (path := self.resolve_file("input", name)).stat()
+        return str(path), status.st_mtime_ns, status.st_size
+
+    def load_image(self, name: str) -> tuple[Tensor, Tensor]:
+        """IMAGE and MASK of a picture in the input folders."""
+        return read_image(self.resolve_file("input", name))
+
+    # -- objects
+    def _module(self, path: Path, role: str, kind: type[M], dtype: torch.dtype, device: torch.device) -> M:
+        """The part `role` of a model file, as it is on disk now; one copy per file, dtype and device."""
+        status = path.stat()
+        key = (str(path), status.st_mtime_ns, status.st_size, role, dtype, device)
+        module = self._loaded.get(key)
+        if module is None:
+            log.info("loading the %s of %s", role, path.name)
+            module = load(path, role, dtype=dtype, device=device)
+            self._loaded[key] = module
+        if not isinstance(module, kind):
+            raise BadModelFile(path, f"its {role} is a {type(module).__name__}", expected=kind.__name__)
+        return module
+
+    def load_model(self, path: Path) -> Model:
+        """MODEL of the transformer in a file (alone or part of an all-in-one)."""
+        return self.wrap_model(self._module(path, "transformer", Flux, self.dtype, self.device), path)
+
+    def load_text_encoders(self, paths: Sequence[Path], *, device: str | None = None) -> Clip:
+        """CLIP from files that together hold CLIP-L and T5, in any order. `device` None: the host's own."""
+        found = self._encoder_files(paths)
+        place = self.device if device is None else choose_device(device)
+        dtype = self.dtype if place == self.device else choose_dtype("auto", place)
+        clip = self._module(found["clip_l"], "clip_l", ClipText, dtype, place)
+        t5 = self._module(found["t5"], "t5", T5Encoder, dtype, place)
+        beside = self.folders.roots("text_encoders")
+        encoders = TextEncoders(clip, find_tokenizer("clip_l", found["clip_l"], beside),
+                                t5, find_tokenizer("t5", found["t5"], beside))
+        return self.wrap_clip(encoders, found["t5"])
+
+    def _encoder_files(self, paths: Sequence[Path]) -> dict[str, Path]:
+        """The file of each encoder role. BadModelFile, naming what the files are, if one is missing or there twice."""
+        found: dict[str, Path] = {}
+        told = []
+        for path in dict.fromkeys(paths):
+            with open_checkpoint(path) as checkpoint:
+                detection = detect(checkpoint)
+            told.append(f"{path.name} is {detection.role}")
+            for role in ENCODER_ROLES:
+                if role in detection.parts:
+                    if role in found:
+                        raise BadModelFile(path, f"both files hold {role}: {found[role].name} too",
+                                           advice="FLUX.1 needs one CLIP-L and one T5 encoder")
+                    found[role] = path
+        missing = [role for role in ENCODER_ROLES if role not in found]
+        if missing:
+            raise BadModelFile(paths[0], f"no {' and no '.join(missing)} encoder among the text encoder files",
+                               found=", ".join(told), advice="FLUX.1 needs one CLIP-L and one T5 encoder: choose both")
+        return found
+
+    def load_vae(self, path: Path) -> Vae:
+        """VAE of the autoencoder in a file. bf16 where the transformer runs in it; fp16 overflows in autoencoders."""
+        dtype = torch.bfloat16 if self.dtype == torch.bfloat16 and self.device.type == "cuda" else torch.float32
+        return self.wrap_vae(self._module(path, "vae", Autoencoder, dtype, self.device), path)
+
+    def wrap_model(self, flux: Flux, path: str | Path) -> Model:
+        return Model(flux, table_for(flux.spec), Path(path))
+
+    def wrap_clip(self, text_encoders: TextEncoders, path: str | Path) -> Clip:
+        return Clip(text_encoders, Path(path))
+
+    def wrap_vae(self, autoencoder: Autoencoder, path: str | Path) -> Vae:
+        return Vae(autoencoder, Path(path))
+
+    # -- work
+    def encode_prompt(self, clip: Clip, clip_text: str, t5_text: str | None = None, guidance: float | None = None,
+                      t5_length: int | None = None) -> Conditioning:
+        cond, pooled = clip.encoders.encode(clip_text, t5_text, t5_length=t5_length)
+        values: dict[str, Any] = {"pooled_output": pooled.cpu()}
+        if guidance is not None:
+            values["guidance"] = guidance
+        return [[cond.cpu(), values]]
+
+    def empty_latent(self, width: int, height: int, batch: int = 1, *, channels: int = FLUX_AE.z_channels) -> Latent:
+        """LATENT of zeros, each side of the picture divided by 8 and rounded down, as core's nodes do."""
+        pixels = FLUX_AE.downscale
+        if min(width, height) < pixels or batch < 1:
+            raise BadInput(f"a picture of {width} x {height}, {batch} of them, cannot be made")
+        return {"samples": torch.zeros(batch, channels, height // pixels, width // pixels)}
+
+    def sample(self, model: Model, positive: Conditioning, negative: Conditioning | None, latent: Latent, *, seed: int,
+               steps: int, cfg: float = 1.0, solver: str = "euler", schedule: str = "simple", denoise: float = 1.0,
+               strength: float = 1.0, shift: float | None = None,
+               cfg_window: tuple[float, float] = (0.0, 1.0)) -> Latent:
+        if shift is not None:
+            model = Model(model.flux, sampling.FlowTable(mu=shift, entries=model.table.entries), model.path)
+        sigmas = schedule_sigmas(model, schedule, steps, solver=solver, denoise=denoise, strength=strength,
+                                 latent=latent)
+        window = cfg_window_in_sigmas(cfg_window, sigmas)
+        guider = Guider(model, positive, negative, cfg, window) if window else Guider(model, positive)
+        return self.run_sampler(guider, Noise(seed), solver, sigmas, latent).latent
+
+    def run_sampler(self, guider: Guider, noise: Noise, solver: str, sigmas: Tensor, latent: Latent) -> Sampled:
+        """The sampling loop with progress and interrupts. With cfg 1 the negative prompt is not run."""
+        model = guider.model
+        denoiser = Denoiser(model.flux, guider.positive, guider.negative, guider.cfg, guider.cfg_window,
+                            dtype=self.dtype, table=model.table)
+        report = self.progress(max(len(sigmas) - 1, 0))
+        last: list[Tensor] = []
+
+        def on_step(step: int, total: int, denoised: Tensor, x: Tensor) -> None:
+            last[:] = [denoised]
+            report(step + 1)
+
+        samples = sampling.sample(
+            denoiser, checked_samples(latent), sigmas, noise=noise.draw(latent), add_noise=noise.seed is not None,
+            solver=solver, noise_mask=latent.get("noise_mask"), callback=on_step, device=self.device)
+        done = {**latent, "samples": samples}
+        clean = {**latent, "samples": process_out(last[0].float()).to(samples.device)} if last else done
+        return Sampled(done, clean)
+
+    @torch.no_grad()
+    def decode(self, vae: Vae, latent: Latent, *, tile_size: int | None = None) -> Tensor:
+        """IMAGE. In strips of `tile_size` rows of pixels if given, and above 2 megapixels, where the memory for a whole
+        picture counts more than the quarter of time that strips cost; the picture is the same."""
+        samples = checked_samples(latent)
+        channels = vae.autoencoder.spec.z_channels
+        if samples.shape[1] != channels:
+            raise BadInput(f"this latent has {samples.shape[1]} channels, {vae.path.name} decodes {channels}")
+        weights = next(vae.autoencoder.parameters())
+        rows = tile_size or (ROWS if samples.shape[-1] * samples.shape[-2] > TILED_FROM else None)
+        pictures = []
+        for item in samples.split(1):  # one at a time: memory stays that of one picture
+            self.check_interrupt()
+            z = item.to(weights.device, weights.dtype)
+            decoded = vae.autoencoder.decode(z) if rows is None else decode_tiled(vae.autoencoder, z, rows=rows)
+            pixels = decoded.float().cpu()
+            pictures.append(((pixels + 1) / 2).clamp(0, 1).movedim(1, -1))  # (1, H, W, 3)
+        image = torch.cat(pictures)
+        if not torch.isfinite(image).all():
+            raise NotFinite(f"{vae.path.name} decoded to NaN or infinity; nothing was saved. Check the file, or use "
+                            "--dtype fp32")
+        return image
+
+    @torch.no_grad()
+    def encode(self, vae: Vae, image: Tensor, *, mask: Tensor | None = None) -> Latent:
+        """LATENT. With `mask` (B, H, W), 1 = repaint, it goes into `noise_mask`."""
+        if image.ndim != 4 or image.shape[-1] < 3 or min(image.shape[1:3]) < vae.autoencoder.spec.downscale:
+            raise BadInput("a picture must be (batch, height, width, 3) and at least 8 x 8, found "
+                           f"{tuple(image.shape)}")
+        weights = next(vae.autoencoder.parameters())
+        grid = vae.autoencoder.spec.downscale
+        height, width = (side // grid * grid for side in image.shape[1:3])
+        top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+        pixels = image[:, top:top + height, left:left + width, :3].movedim(-1, 1) * 2 - 1  # (B, 3, H, W)
+        items = [vae.autoencoder.encode(item.to(weights.device, weights.dtype)).float().cpu()
+                 for item in pixels.split(1)]
+        latent: Latent = {"samples": torch.cat(items)}
+        if mask is not None:
+            cut = mask[..., top:top + height, left:left + width] if mask.shape[-2:] == image.shape[1:3] else mask
+            latent["noise_mask"] = cut.reshape(-1, 1, *cut.shape[-2:])
+        return latent
+
+    def save_images(self, images: Tensor, prefix: str, metadata: Metadata | None = None, *,
+                    temporary: bool = False) -> list[dict[str, str]]:
+        """PNG files of an IMAGE. `temporary`: into the temp folder, for previews."""
+        if self._save_to is not None and not temporary:
+            paths = [self._save_to(len(self.saved) + i) for i in range(len(images))]
+            if not torch.isfinite(images).all():  # before the first is written
+                raise NotFinite("the picture holds NaN or infinity; nothing was saved")
+            for image, path in zip(images, paths, strict=True):
+                save_png(image, path, metadata)
+            self.saved += paths
+            return [{"filename": path.name, "subfolder": "", "type": "output"} for path in paths]
+        kind, root = "output", self.folders.output
+        if temporary and self.folders.temp is not None:
+            kind, root = "temp", self.folders.temp
+        saved = save_numbered(images, root, prefix, metadata, kind)
+        self.saved += [root / entry["subfolder"] / entry["filename"] for entry in saved]
+        return saved
+
+    # -- running
+    def progress(self, total: int) -> Progress:
+        bar = self._progress_bar(total) if self._progress_bar is not None else None
+
+        def report(value: int, preview: Any = None) -> None:
+            self.check_interrupt()
+            if bar is not None:
+                bar(value, preview)
+
+        return report
+
+    def interrupt(self) -> None:
+        """Ask the run to stop at its next step; may be called from another thread or a signal handler."""
+        self._interrupt.set()
+
+    def check_interrupt(self) -> None:
+        if self._interrupt.is_set():
+            self._interrupt.clear()
+            raise Interrupted("stopped by the user; nothing was saved")
+
+
+def here() -> StandaloneHost:
+    """The host in use, for nodes that exist in the standalone host only."""
+    host = current()
+    if not isinstance(host, StandaloneHost):
+        raise FluxKitError(f"this node belongs to the standalone host, but the host in use is {host.name}")
+    return host

@@ -1,0 +1,123 @@
+"""What flows between nodes in the standalone host under the names MODEL, CLIP, VAE, GUIDER and NOISE.
+
+Frozen: a node that changes one makes another (`dataclasses.replace`), so results that are cached stay true.
+CONDITIONING, LATENT, IMAGE, MASK and SIGMAS are ComfyUI's plain data; SAMPLER is a name of the engine's SOLVERS.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...engine.errors import BadInput
+from ...engine.models.autoencoder import Autoencoder
+from ...engine.models.flux import Flux
+from ...engine.sampling import FlowTable, image_seq_len, ksampler_sigmas, make_noise, make_sigmas
+from ...engine.specs import FLUX_AE
+from ...engine.text import TextEncoders
+
+
+@dataclass(frozen=True)
+class Model:
+    """MODEL: the transformer with the table of sigmas its schedules read. `path` is for messages."""
+
+    flux: Flux
+    table: FlowTable
+    path: Path
+
+
+@dataclass(frozen=True)
+class Clip:
+    """CLIP: both text encoders with their tokenizers."""
+
+    encoders: TextEncoders
+    path: Path
+
+
+@dataclass(frozen=True)
+class Vae:
+    """VAE: the autoencoder."""
+
+    autoencoder: Autoencoder
+    path: Path
+
+
+@dataclass(frozen=True)
+class Noise:
+    """NOISE: of a seed 0 .. 2**64-1, or none (zeros: the latent still holds its noise)."""
+
+    seed: int | None
+
+    def draw(self, latent: dict[str, Any], channels: int = FLUX_AE.z_channels) -> Tensor | None:
+        """fp32 on the CPU, `(B, channels, h, w)` for this latent; None without a seed."""
+        if self.seed is None:
+            return None
+        samples = checked_samples(latent)
+        shape = (samples.shape[0], channels, *samples.shape[2:])
+        return make_noise(shape, self.seed, latent.get("batch_index"))
+
+
+@dataclass(frozen=True)
+class Guider:
+    """GUIDER: a model with its prompts. `cfg_window` in sigmas, low and high."""
+
+    model: Model
+    positive: Any
+    negative: Any = None
+    cfg: float = 1.0
+    cfg_window: tuple[float, float] = (0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The latent at the last sigma, and the model's last estimate of the clean latent."""
+
+    latent: dict[str, Any]
+    denoised: dict[str, Any]
+
+
+def checked_samples(latent: dict[str, Any]) -> Tensor:
+    """`samples` of a LATENT. BadInput if it holds none of shape (B, C, h, w)."""
+    samples = latent.get("samples") if isinstance(latent, dict) else None
+    if not isinstance(samples, Tensor) or samples.ndim != 4 or 0 in samples.shape:
+        found = tuple(samples.shape) if isinstance(samples, Tensor) else type(samples).__name__
+        raise BadInput(f"a latent must hold samples of shape (batch, channels, height/8, width/8), found {found}")
+    return samples
+
+
+def tokens_of(latent: dict[str, Any]) -> int:
+    """Image tokens the transformer sees for one item of this latent."""
+    return image_seq_len(*checked_samples(latent).shape[-2:])
+
+
+def schedule_sigmas(model: Model, schedule: str, steps: int, *, solver: str = "euler", denoise: float = 1.0,
+                    strength: float = 1.0, latent: dict[str, Any] | None = None) -> Tensor:
+    """Sigmas of a whole sampler node, for a solver and a picture size. See `engine.sampling.make_sigmas`."""
+    size = None if latent is None else tokens_of(latent)
+    if strength < 1:
+        return make_sigmas(schedule, steps, table=model.table, image_seq_len=size, denoise=denoise, strength=strength)
+    return ksampler_sigmas(schedule, steps, solver=solver, table=model.table, image_seq_len=size, denoise=denoise)
+
+
+def cfg_window_in_sigmas(window: tuple[float, float], sigmas: Tensor) -> tuple[float, float] | None:
+    """Shares of the steps, from `window[0]` up to but without `window[1]`, as sigmas (low, high); None if no step lies
+    inside. BadInput unless 0 <= start <= end <= 1."""
+    start, end = window
+    if not 0 <= start <= end <= 1:
+        raise BadInput(f"cfg from {start} to {end} of the steps: both must lie in 0..1, the end not before the start")
+    levels = sigmas[:-1].tolist()
+    inside = [sigma for i, sigma in enumerate(levels) if start <= i / len(levels) < end]
+    return (inside[-1], inside[0]) if inside else None
+
+
+def resized(samples: Tensor, width: int, height: int, method: str, crop: bool) -> Tensor:
+    """Latents `(B, C, h, w)` -> `(B, C, height, width)`. `crop` keeps the aspect by cutting the longer side evenly."""
+    if crop:
+        h, w = samples.shape[-2:]
+        x, y = max(0, round((w - h * width / height) / 2)), max(0, round((h - w * height / width) / 2))
+        samples = samples[..., y:h - y, x:w - x]
+    return torch.nn.functional.interpolate(samples, size=(height, width), mode=method)

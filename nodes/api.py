@@ -1,0 +1,93 @@
+"""What nodes are made of: the io namespace of the host in use, chosen before this module is imported (`hosts.use`).
+
+Nodes are ComfyUI V3 nodes. `Schema` drops keywords that an older host does not know.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..engine.errors import FluxKitError, MissingFile
+from ..hosts import current
+
+if TYPE_CHECKING:
+    from ..hosts.standalone import io as _io
+else:
+    _io = current().io
+
+ComfyNode = _io.ComfyNode
+NodeOutput = _io.NodeOutput
+Hidden = _io.Hidden
+Boolean = _io.Boolean
+Clip = _io.Clip
+Combo = _io.Combo
+Conditioning = _io.Conditioning
+Float = _io.Float
+Image = _io.Image
+Int = _io.Int
+Latent = _io.Latent
+Mask = _io.Mask
+Model = _io.Model
+String = _io.String
+Vae = _io.Vae
+
+_SCHEMA_KEYWORDS = frozenset(inspect.signature(_io.Schema).parameters)
+ALL_IN_ONE = "checkpoints"
+
+
+def host() -> Any:
+    """The host in use (`hosts.Host`)."""
+    return current()
+
+
+def Schema(**keywords: Any) -> Any:  # noqa: N802 - stands in for the host's class
+    """The host's Schema of the keywords that it knows."""
+    return _io.Schema(**{name: value for name, value in keywords.items() if name in _SCHEMA_KEYWORDS})
+
+
+def files(kind: str, *before: str) -> list[str]:
+    """Options of a file widget: `before`, the files of a kind, then all-in-one files, which hold every kind."""
+    return list(dict.fromkeys([*before, *host().list_files(kind), *host().list_files(ALL_IN_ONE)]))
+
+
+def file_of(kind: str, name: str) -> Path:
+    """The file a widget made by `files` means. MissingFile names near matches."""
+    where = current()
+    for of_kind in (kind, ALL_IN_ONE):
+        if name in where.list_files(of_kind):
+            return where.resolve_file(of_kind, name)
+    try:
+        return where.resolve_file(kind, name)
+    except MissingFile as error:
+        try:
+            return where.resolve_file(ALL_IN_ONE, name)
+        except MissingFile:
+            raise error from None
+
+
+def problems(check: Callable[..., Any], *arguments: Any) -> bool | str:
+    """What `validate_inputs` returns for a check that raises: True, or the reason."""
+    try:
+        check(*arguments)
+    except FluxKitError as error:
+        return str(error)
+    return True
+
+
+def check_files(**kinds_and_names: tuple[str, str | None]) -> bool | str:
+    """Answer of `validate_inputs` for file widgets given as `widget=(kind, value)`. A linked widget's value is None:
+    nothing can be said before the run."""
+    for kind, name in kinds_and_names.values():
+        answer = True if name is None else problems(file_of, kind, name)
+        if answer is not True:
+            return answer
+    return True
+
+
+def metadata(hidden: Any) -> dict[str, Any]:
+    """What a saved picture carries, `{"prompt": ..., "workflow": ...}`, from `cls.hidden`."""
+    known = {} if hidden.prompt is None else {"prompt": hidden.prompt}
+    return {**known, **(hidden.extra_pnginfo or {})}

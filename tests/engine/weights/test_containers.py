@@ -1,0 +1,243 @@
+"""Files, shards and folders: what opens, what is refused, and what stays open."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import pickle
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from flux_kit.engine.errors import BadModelFile, FluxKitError, MissingFile
+from flux_kit.engine.weights import Checkpoint, open_checkpoint
+from safetensors.torch import load_file, save_file
+
+TENSORS = {"a.weight": torch.randn(3, 4), "b": torch.randn(5).bfloat16(), "c": torch.arange(4), "d": torch.zeros(0, 2)}
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "model.safetensors"
+    save_file(TENSORS, path, {"format": "pt", "who": "test"})
+    return path
+
+
+def mapped(path: Path) -> bool:
+    return str(path) in Path("/proc/self/maps").read_text()
+
+
+def held_open(path: Path) -> bool:
+    return any(os.path.realpath(f"/proc/self/fd/{fd}") == str(path) for fd in os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".sft", ".SAFETENSORS"])
+def test_a_checkpoint_is_a_mapping_of_what_the_file_holds(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"model{suffix}"
+    save_file(TENSORS, path, {"format": "pt", "who": "test"})
+    with open_checkpoint(path) as checkpoint:
+        assert isinstance(checkpoint, Mapping)
+        assert checkpoint.path == path
+        assert checkpoint.metadata == {"format": "pt", "who": "test"}
+        assert set(checkpoint) == set(TENSORS)
+        assert len(checkpoint) == 4
+        assert "nothing" not in checkpoint
+        assert {name: info.format for name, info in checkpoint.items()} == {
+            "a.weight": "F32", "b": "BF16", "c": "I64", "d": "F32"}
+        for name, expected in load_file(path).items():
+            info = checkpoint[name]
+            assert info.shape == tuple(expected.shape)
+            assert info.nbytes == expected.nbytes
+            read = info.read()
+            assert read.dtype == expected.dtype
+            assert torch.equal(read, expected)
+
+
+def test_a_string_is_a_path_too(model: Path) -> None:
+    with open_checkpoint(str(model)) as checkpoint:
+        assert len(checkpoint) == 4
+
+
+@LINUX
+def test_nothing_is_open_before_the_first_read_and_after_the_last_tensor(model: Path) -> None:
+    checkpoint = open_checkpoint(model)
+    assert not held_open(model)
+    assert not mapped(model)
+    kept = checkpoint["a.weight"].read()
+    assert mapped(model)
+    checkpoint.close()
+    checkpoint.close()  # twice is no harm
+    assert torch.equal(kept, TENSORS["a.weight"])  # a tensor outlives its checkpoint
+    del kept
+    gc.collect()
+    assert not mapped(model)
+    assert not held_open(model)
+
+
+def test_a_closed_checkpoint_can_be_read_again(model: Path) -> None:
+    checkpoint = open_checkpoint(model)
+    checkpoint.close()
+    assert torch.equal(checkpoint["c"].read(), TENSORS["c"])
+    checkpoint.close()
+
+
+def test_writing_into_a_tensor_leaves_the_file_alone(model: Path) -> None:
+    before = model.read_bytes()
+    with open_checkpoint(model) as checkpoint:
+        checkpoint["a.weight"].read().mul_(0)
+    gc.collect()
+    assert model.read_bytes() == before
+
+
+def test_a_file_that_changed_between_opening_and_reading_is_refused(model: Path) -> None:
+    checkpoint = open_checkpoint(model)
+    other = model.with_name("other")
+    save_file({"a.weight": torch.randn(30, 4)}, other)
+    os.replace(other, model)
+    with pytest.raises(BadModelFile, match="changed"):
+        checkpoint["a.weight"].read()
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt", ".PT"])
+def test_pickles_are_never_opened(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(BadModelFile, match="pickle.*\\.safetensors version"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize(("name", "word"), [("model.gguf", "GGUF is not supported yet"), ("model.onnx", "not a kind"),
+                                            ("model", "no suffix"), ("config.json", "not a kind")])
+def test_other_files_are_refused_by_name(tmp_path: Path, name: str, word: str) -> None:
+    (tmp_path / name).write_bytes(b"GGUF\x03\x00\x00\x00")
+    with pytest.raises(BadModelFile, match=word) as error:
+        open_checkpoint(tmp_path / name)
+    assert name in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MissingFile, match=r"nothing\.safetensors"):
+        open_checkpoint(tmp_path / "nothing.safetensors")
+
+
+def test_a_link_to_nowhere_is_a_missing_file(tmp_path: Path) -> None:
+    link = tmp_path / "link.safetensors"
+    try:
+        link.symlink_to(tmp_path / "nowhere.safetensors")
+    except OSError:
+        pytest.skip("no links here")
+    with pytest.raises(FluxKitError, match=r"link\.safetensors"):
+        open_checkpoint(link)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(BadModelFile, match="regular"):
+        open_checkpoint(tmp_path / "pipe.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------- shards
+
+def write_shards(folder: Path, weight_map: Mapping[str, str] | None = None) -> Path:
+    folder.mkdir(exist_ok=True)
+    save_file({"a.weight": TENSORS["a.weight"], "b": TENSORS["b"]}, folder / "m-00001-of-00002.safetensors",
+              {"format": "pt"})
+    save_file({"c": TENSORS["c"], "d": TENSORS["d"]}, folder / "m-00002-of-00002.safetensors")
+    index = folder / "m.safetensors.index.json"
+    usual = {"a.weight": "m-00001-of-00002.safetensors", "b": "m-00001-of-00002.safetensors",
+             "c": "m-00002-of-00002.safetensors", "d": "m-00002-of-00002.safetensors"}
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map or usual}))
+    return index
+
+
+def check_shards(checkpoint: Checkpoint) -> None:
+    assert set(checkpoint) == set(TENSORS)
+    assert checkpoint.metadata == {"format": "pt"}
+    assert len(checkpoint.files) == 2
+    for name, tensor in TENSORS.items():
+        assert torch.equal(checkpoint[name].read(), tensor)
+
+
+def test_shards_open_by_their_index_and_by_their_folder(tmp_path: Path) -> None:
+    index = write_shards(tmp_path / "transformer")
+    (tmp_path / "transformer" / "config.json").write_text("{}")
+    for path in (index, index.parent):
+        with open_checkpoint(path) as checkpoint:
+            check_shards(checkpoint)
+    gc.collect()
+
+
+FIRST, SECOND = "m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"
+BAD_MAPS = {
+    "a shard that is not there": ({"a.weight": FIRST, "b": FIRST, "c": "m-00003.safetensors"}, "shard is missing"),
+    "a tensor in another shard": ({"a.weight": SECOND, "b": FIRST, "c": SECOND, "d": SECOND}, "do not belong"),
+    "a tensor the index leaves out": ({"a.weight": FIRST, "b": FIRST, "c": SECOND}, "do not belong"),
+    "a tensor that is nowhere": ({"a.weight": FIRST, "b": FIRST, "c": SECOND, "d": SECOND, "e": FIRST},
+                                 "do not belong"),
+    "a parent folder": ({"a": "../secret.safetensors"}, "may not name"),
+    "a parent folder within": ({"a": "x/../../secret.safetensors"}, "may not name"),
+    "an absolute path": ({"a": "/etc/secret.safetensors"}, "may not name"),
+    "a drive": ({"a": "C:secret.safetensors"}, "may not name"),
+    "backslashes": ({"a": "..\\secret.safetensors"}, "may not name"),
+    "a share": ({"a": "//host/share/secret.safetensors"}, "may not name"),
+    "a NUL": ({"a": "x\x00.safetensors"}, "may not name"),
+    "a pickle": ({"a": "model.bin"}, "may not name"),
+    "an empty name": ({"a": ""}, "may not name"),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(BAD_MAPS))
+def test_indexes_that_lie_are_refused(tmp_path: Path, kind: str) -> None:
+    weight_map, word = BAD_MAPS[kind]
+    save_file({"a": TENSORS["b"]}, tmp_path / "secret.safetensors")
+    index = write_shards(tmp_path / "transformer", weight_map)
+    with pytest.raises(BadModelFile, match=word) as error:
+        open_checkpoint(index)
+    assert "weight_map" in str(error.value)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"{}", b'{"weight_map": []}', b'{"weight_map": {"a": 1}}',
+                                  b'{"weight_map": {"a": "x.sft", "a": "y.sft"}}', b"\xff\xfe", b"[" * 200_000,
+                                  b'{"weight_map":' * 50_000, b"9" * 10_000])
+def test_damaged_indexes_are_refused(tmp_path: Path, text: bytes) -> None:
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_bytes(text)
+    with pytest.raises(BadModelFile, match="index"):
+        open_checkpoint(index)
+
+
+# ------------------------------------------------------------------------------------------------- folders
+
+def test_a_folder_with_one_model_opens(model: Path) -> None:
+    (model.parent / "config.json").write_text("{}")
+    with open_checkpoint(model.parent) as checkpoint:
+        assert checkpoint.path == model
+
+
+def test_a_folder_with_precision_variants_gives_the_usual_one(model: Path) -> None:
+    save_file(TENSORS, model.with_name("model.fp16.safetensors"))
+    with open_checkpoint(model.parent) as checkpoint:
+        assert checkpoint.path == model
+
+
+def make_files(names: tuple[str, ...]) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        for name in names:
+            save_file({"a": torch.zeros(1)}, folder / name)
+    return make
+
+
+@pytest.mark.parametrize(("names", "word"), [
+    ((), "no model"), (("ae.safetensors", "flux1-dev.safetensors"), "several models"),
+    (("pytorch_model.bin",), "pickles"), (("model_index.json", "notes.txt"), "whole pipeline")])
+def test_folders_without_one_clear_model_are_refused(tmp_path: Path, names: tuple[str, ...], word: str) -> None:
+    make_files(names)(tmp_path)
+    with pytest.raises(BadModelFile, match=word):
+        open_checkpoint(tmp_path)

@@ -1,0 +1,234 @@
+"""Train tiny-flux-dev with its text encoders, or tiny-flux-schnell from it.
+
+`python -m flux_kit.tiny_flux.train_transformer dev --run DIR --autoencoder FILE`; run it again to resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import random
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..engine.models.autoencoder import Autoencoder
+from ..engine.models.clip import ClipText
+from ..engine.models.flux import Flux
+from ..engine.models.t5 import T5Encoder
+from ..engine.specs import ClipTextSpec, FluxSpec, T5Spec
+from .data import SIZES, SQUARE, SceneLatents, pad_ids
+from .scenes import HELD_OUT_SCENES, caption
+from .score import matches
+from .train_autoencoder import SPEC as AE_SPEC
+from .vocabulary import clip_tokenizer, t5_tokenizer
+
+log = logging.getLogger(__name__)
+
+DEV = FluxSpec(hidden_size=128, num_heads=1, depth=2, depth_single_blocks=4, context_in_dim=64, vec_in_dim=64)
+SCHNELL = replace(DEV, guidance_embed=False)
+TEXT_LENGTHS = ((32, 0.62), (48, 0.16), (64, 0.10), (128, 0.07), (256, 0.04), (512, 0.01))
+EMA = 0.999
+
+
+@dataclass(frozen=True)
+class Recipe:
+    spec: FluxSpec
+    steps: int
+    batch: int              # at 128 x 128; fewer where pictures are larger
+    rate: float
+    sizes_from: float       # share of the run after which other sizes join
+    text_until: float       # share of the run after which the text encoders rest, so that schnell can share them
+    size_share: float = 0.4
+
+
+RECIPES = {
+    "dev": Recipe(DEV, steps=6500, batch=64, rate=1.5e-3, sizes_from=0.3, text_until=0.45),
+    "schnell": Recipe(SCHNELL, steps=3000, batch=64, rate=6e-4, sizes_from=0.0, text_until=0.0),
+}
+SCHNELL_TIMES = (1.0, 0.75, 0.5, 0.25)
+
+
+class Family(nn.Module):
+    """The transformer and its text encoders, trained as one."""
+
+    def __init__(self, spec: FluxSpec) -> None:
+        super().__init__()
+        self.t5_tokenizer, self.clip_tokenizer = t5_tokenizer(), clip_tokenizer()
+        pieces = self.clip_tokenizer.get_vocab_size()
+        self.flux = Flux(spec)
+        self.t5 = T5Encoder(T5Spec(vocab_size=self.t5_tokenizer.get_vocab_size(), d_model=64, d_kv=64, num_heads=2,
+                                   d_ff=128, num_layers=2))
+        self.clip = ClipText(ClipTextSpec(vocab_size=pieces, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                                          num_attention_heads=1, bos_token_id=pieces - 2, eos_token_id=pieces - 1))
+        nn.init.normal_(self.t5.shared.weight, std=0.5)
+        nn.init.normal_(self.clip.text_model.embeddings.token_embedding.weight, std=0.3)
+        nn.init.normal_(self.clip.text_model.embeddings.position_embedding.weight, std=0.1)
+
+    def rest_text(self, average: dict[str, Tensor]) -> None:
+        """Freeze the text encoders at their running average: what is shipped is what training goes on with."""
+        state = {name: average[name] for name in average if name.startswith(("t5.", "clip."))}
+        self.load_state_dict(state, strict=False)
+        self.t5.requires_grad_(False)
+        self.clip.requires_grad_(False)
+
+    def encode(self, texts: list[str], length: int) -> tuple[Tensor, Tensor]:
+        """T5 states `(B, L, 64)` and pooled CLIP `(B, 64)`."""
+        t5_ids = pad_ids(self.t5_tokenizer, texts, length, self.t5.spec.pad_token_id)
+        clip_ids = pad_ids(self.clip_tokenizer, texts, None, self.clip.spec.eos_token_id)
+        return self.t5(t5_ids), self.clip(clip_ids)[1]
+
+    def velocity(self, latents: Tensor, t: Tensor, txt: Tensor, pooled: Tensor, guidance: Tensor | None) -> Tensor:
+        """`(B, 16, H/8, W/8)` in and out."""
+        batch, _, height, width = latents.shape
+        rows, columns = height // 2, width // 2
+        img = latents.unflatten(3, (columns, 2)).unflatten(2, (rows, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        ids = torch.zeros(rows, columns, 3)
+        ids[..., 1] = torch.arange(rows)[:, None]
+        ids[..., 2] = torch.arange(columns)[None, :]
+        img_ids = ids.flatten(0, 1).expand(batch, -1, -1)
+        out = self.flux(img, img_ids, txt, torch.zeros(batch, txt.shape[1], 3), t, pooled, guidance)
+        return out.view(batch, rows, columns, 16, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(latents.shape)
+
+
+def init_transformer(flux: Flux) -> None:
+    """Residual branches start closed (adaLN-zero: arXiv 2212.09748), all else at width scale."""
+    for name, parameter in flux.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.ndim == 2:
+            nn.init.xavier_uniform_(parameter)
+    for name, module in flux.named_modules():
+        if name.endswith(("mod.lin", "modulation.lin", "adaLN_modulation.1")) or name == "final_layer.linear":
+            nn.init.zeros_(module.weight)
+
+
+def draw_times(count: int, spec: FluxSpec) -> Tensor:
+    """dev: logit-normal; schnell: mostly its four times."""
+    t = torch.sigmoid(0.4 + 1.1 * torch.randn(count))
+    if spec.guidance_embed:
+        return torch.where(torch.rand(count) < 0.03, torch.ones(count), t)
+    four = torch.tensor(SCHNELL_TIMES)[torch.randint(0, 4, (count,))]
+    return torch.where(torch.rand(count) < 0.8, four, t)
+
+
+def step_loss(family: Family, data: SceneLatents, recipe: Recipe, progress: float, rng: random.Random) -> Tensor:
+    other = progress >= recipe.sizes_from and rng.random() < recipe.size_share
+    size = rng.choice(SIZES) if other else SQUARE
+    length = rng.choices([n for n, _ in TEXT_LENGTHS], [p for _, p in TEXT_LENGTHS])[0]
+    tokens = size[0] * size[1] // 256 + length
+    batch = data.batch(size, max(8, min(recipe.batch, recipe.batch * 128 // tokens)))
+    txt, pooled = family.encode(batch.captions, length)
+    noise = torch.randn_like(batch.latents)
+    t = draw_times(len(noise), recipe.spec)
+    shaped = t[:, None, None, None]
+    guidance = batch.guidance if recipe.spec.guidance_embed else None
+    velocity = family.velocity(shaped * noise + (1 - shaped) * batch.latents, t, txt, pooled, guidance)
+    return (velocity.float() - (noise - batch.latents)).square().mean()
+
+
+@torch.no_grad()
+def held_out_score(family: Family, autoencoder: Autoencoder, count: int, steps: int, length: int = 64) -> float:
+    """Share of held-out prompts whose picture shows all attributes: a quick check while training."""
+    rng = random.Random(1)
+    scenes = rng.sample(HELD_OUT_SCENES, count)
+    txt, pooled = family.encode([caption(scene, rng) for scene in scenes], length)
+    x = torch.randn((count, 16, 16, 16), generator=torch.Generator().manual_seed(7))
+    mu = 0.4675 if family.flux.spec.guidance_embed else 0.0  # BFL's shift for 64 tokens; schnell has none
+    u = torch.linspace(1, 0, steps + 1)
+    sigmas = torch.where(u > 0, math.exp(mu) / (math.exp(mu) + (1 / u.clamp(min=1e-9) - 1)), 0)
+    for sigma, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+        x = x + (after - sigma) * family.velocity(x, sigma.expand(count), txt, pooled, torch.full((count,), 3.5))
+    spec = autoencoder.spec
+    pixels = ((autoencoder.decode(x / spec.scale_factor + spec.shift_factor) + 1) * 127.5).clamp(0, 255).round()
+    pictures = pixels.permute(0, 2, 3, 1).numpy().astype(np.uint8)
+    return sum(matches(scene, picture) for scene, picture in zip(scenes, pictures, strict=True)) / count
+
+
+def train(recipe: Recipe, run: Path, autoencoder: Autoencoder, start_from: dict[str, Tensor] | None, seed: int,
+          compiled: bool = False) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    family = Family(recipe.spec)
+    init_transformer(family.flux)
+    if start_from is not None:
+        family.load_state_dict({k: v for k, v in start_from.items() if k in family.state_dict()})
+    average = {name: value.detach().clone() for name, value in family.state_dict().items()}
+    trained = list(family.parameters())
+    optimizer = torch.optim.AdamW(trained, lr=recipe.rate, betas=(0.9, 0.95), weight_decay=0.01)
+    if compiled:
+        for block in (*family.flux.double_blocks, *family.flux.single_blocks):
+            block.compile(dynamic=True)
+    begin, state_file = 0, run / "state.pt"
+    if state_file.exists():
+        saved = torch.load(state_file, weights_only=True)
+        family.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        average, begin = saved["average"], saved["step"]
+    data, rng, began = SceneLatents(autoencoder, seed + begin), random.Random(seed + begin), time.time()
+    running = 0.0
+    for step in range(begin, recipe.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.rate * _cycle(step / recipe.steps)
+        if step >= recipe.text_until * recipe.steps and family.t5.shared.weight.requires_grad:
+            family.rest_text(average)
+        with torch.autocast("cpu", torch.bfloat16):  # half the time of fp32 on CPUs that have it; weights stay fp32
+            loss = step_loss(family, data, recipe, step / recipe.steps, rng)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        decay = min(EMA, (step + 1) / (step + 20))
+        with torch.no_grad():
+            for name, value in family.state_dict().items():
+                average[name].lerp_(value, 1 - decay)
+        running += loss.item()
+        if (step + 1) % 100 == 0:
+            log.info("step %d loss %.4f (%.0f s)", step + 1, running / 100, time.time() - began)
+            running = 0.0
+        if (step + 1) % 500 == 0 or step + 1 == recipe.steps:
+            _save(run, family, optimizer, average, step + 1)
+            kept = {k: v.clone() for k, v in family.state_dict().items()}
+            family.load_state_dict(average)
+            steps = 20 if recipe.spec.guidance_embed else 4
+            log.info("step %d held-out score %.3f", step + 1, held_out_score(family, autoencoder, 60, steps))
+            family.load_state_dict(kept)
+
+
+def _cycle(progress: float) -> float:
+    if progress < 0.04:
+        return progress / 0.04 + 1e-3
+    return 0.005 + 0.995 * 0.5 * (1 + math.cos(math.pi * (progress - 0.04) / 0.96))
+
+
+def _save(run: Path, family: Family, optimizer: torch.optim.Optimizer, average: dict[str, Tensor], step: int) -> None:
+    part = run / "state.part"
+    torch.save({"model": family.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step}, part)
+    part.replace(run / "state.pt")
+    save_file({k: v.contiguous() for k, v in average.items()}, run / "average.safetensors")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("member", choices=RECIPES)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--autoencoder", type=Path, required=True)
+    parser.add_argument("--start-from", type=Path, help="average.safetensors of a trained member")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="compile the blocks: a fifth faster after two minutes")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    autoencoder = Autoencoder(AE_SPEC).eval().requires_grad_(False)
+    autoencoder.load_state_dict(load_file(arguments.autoencoder))
+    start_from = load_file(arguments.start_from) if arguments.start_from else None
+    train(RECIPES[arguments.member], arguments.run, autoencoder, start_from, arguments.seed, arguments.compile)
+
+
+if __name__ == "__main__":
+    main()
