@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import io
+import sys
 from collections.abc import Sequence
 
 from ..engine.errors import FluxKitError
@@ -19,6 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     What the user can cause ends as one line on stderr, and with `--json` as one object on stdout; anything else is a
     defect of ours and keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path that a narrow console cannot show is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     parser = build_parser()
     try:
         options = parser.parse_args(argv)

@@ -41,7 +41,7 @@ def main(options: argparse.Namespace) -> int:
         raise UsageError(f"-o {options.output}: the file must end in .png")
     if options.seed + options.count - 1 > SEED_MAX:
         raise UsageError(f"--seed {options.seed} and --count {options.count} lead past {SEED_MAX} (2^64 - 1)")
-    if options.negative is not None and options.cfg <= 1:
+    if options.negative is not None and options.cfg == 1:
         raise UsageError("--negative has no effect without --cfg above 1, for example --cfg 3")
     host = session.open_host(options, out=options.output.parent, save_to=lambda n: numbered(options, n))
     parts = find_parts(host, options)

@@ -23,7 +23,8 @@ def main(options: argparse.Namespace) -> int:
     refused = [file for file in found if file["problems"]]
     report.result({"files": found}, [line for file in found for line in lines_of(file)], as_json=options.json)
     for file in refused:
-        report.note(f"flux-kit: {file['problems'][0]}")
+        name, problem = Path(file["path"]).name, file["problems"][0]
+        report.note(f"flux-kit: {problem}" if name in problem else f"flux-kit: {name}: {problem}")
     return 1 if refused else 0
 
 

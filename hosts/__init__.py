@@ -6,7 +6,7 @@ on sys.path such an import succeeds in a process that has nothing to do with Com
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -53,6 +53,15 @@ class Host(Protocol):
         matches. Kind "input" is the input folder, exact names only. Nothing outside the folders is ever returned."""
 
     # -- objects
+    def load_model(self, path: Path) -> Any:
+        """MODEL of the transformer in a file, alone or part of an all-in-one. BadModelFile says what the file is."""
+
+    def load_text_encoders(self, paths: Sequence[Path]) -> Any:
+        """CLIP from files that together hold CLIP-L and T5, in any order (one all-in-one file is enough)."""
+
+    def load_vae(self, path: Path) -> Any:
+        """VAE of the autoencoder in a file."""
+
     def wrap_model(self, flux: Flux, path: str | Path) -> Any:
         """MODEL from an engine transformer; `path` is the file it came from (for messages and metadata)."""
 
@@ -68,22 +77,28 @@ class Host(Protocol):
         """CONDITIONING of a prompt. `t5_text` None: the same as `clip_text`. `guidance` None: no key, which samplers
         read as 3.5. `t5_length` None: at least 256 tokens and never cut, as core does; else exactly that many."""
 
+    def empty_latent(self, width: int, height: int, batch: int = 1) -> Latent:
+        """LATENT of zeros for pictures of `width` x `height` pixels."""
+
     def sample(self, model: Any, positive: Conditioning, negative: Conditioning | None, latent: Latent, *, seed: int,
                steps: int, cfg: float = 1.0, solver: str = "euler", schedule: str = "simple", denoise: float = 1.0,
-               shift: float | None = None, cfg_window: tuple[float, float] = (0.0, 1.0)) -> Latent:
+               strength: float = 1.0, shift: float | None = None,
+               cfg_window: tuple[float, float] = (0.0, 1.0)) -> Latent:
         """A LATENT (new dict, keys other than "samples" kept) from noise of `seed` (0 .. 2**64-1) over `latent`.
 
         `negative` None or cfg 1.0: one pass a step. `solver` and `schedule` are names of the engine's tables SOLVERS
-        and SCHEDULES. `denoise` 0..1 as KSampler: total = int(steps/denoise), last steps+1 sigmas. `shift` None: the
-        model's own; else mu of the time shift. `cfg_window`: CFG only where start <= share of steps done < end.
-        Reports progress and checks for interrupts each step. BadInput, NotFinite, Interrupted.
+        and SCHEDULES. `denoise` 0..1 as KSampler: total = int(steps/denoise), last steps+1 sigmas; `strength` 0..1 as
+        diffusers: the last share of `steps` steps. `shift` None: the model's own; else mu of the time shift.
+        `cfg_window`: CFG only where start <= share of steps done < end. Reports progress and checks for interrupts
+        each step. BadInput, NotFinite, Interrupted.
         """
 
     def decode(self, vae: Any, latent: Latent) -> torch.Tensor:
         """IMAGE (B, H, W, 3) fp32 0..1 of a LATENT."""
 
-    def encode(self, vae: Any, image: torch.Tensor) -> Latent:
-        """LATENT of an IMAGE; sides are cut to multiples of 8 about the centre, as core does."""
+    def encode(self, vae: Any, image: torch.Tensor, *, mask: torch.Tensor | None = None) -> Latent:
+        """LATENT of an IMAGE; sides are cut to multiples of 8 about the centre, as core does. With `mask` (B, H, W),
+        1 = repaint, it becomes `noise_mask`."""
 
     def save_images(self, images: torch.Tensor, prefix: str, metadata: Metadata | None = None) -> list[dict[str, str]]:
         """Writes PNGs `<prefix>_00001_.png` ... under the output folder, never over a file; -> [{"filename",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..engine.errors import FluxKitError, MissingFile
 from ..hosts import current
@@ -36,6 +36,8 @@ Vae = _io.Vae
 
 _SCHEMA_KEYWORDS = frozenset(inspect.signature(_io.Schema).parameters)
 ALL_IN_ONE = "checkpoints"
+FROM_MODEL = "from the model file"
+NO_FILES = {FROM_MODEL}  # choices of file widgets that name no file
 
 
 def host() -> Any:
@@ -66,6 +68,19 @@ def file_of(kind: str, name: str) -> Path:
             return where.resolve_file(ALL_IN_ONE, name)
         except MissingFile:
             raise error from None
+
+
+class FileNode(ComfyNode):
+    """A node with file widgets: `KINDS` maps each to its kind. It runs anew when a file has changed on disk."""
+
+    KINDS: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def fingerprint_inputs(cls, **widgets: Any) -> list[tuple[str, int, int]]:
+        """Path, time and size of each file; a linked widget is None, and another text than a file's is no file."""
+        named = [(cls.KINDS[key], value) for key, value in widgets.items() if key in cls.KINDS and value is not None]
+        paths = [file_of(kind, value) for kind, value in named if value not in NO_FILES]
+        return [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
 
 
 def problems(check: Callable[..., Any], *arguments: Any) -> bool | str:

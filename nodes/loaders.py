@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from . import api
-from .api import host
+from .api import FROM_MODEL, host
 
-FROM_MODEL = "from the model file"
 MODELS, ENCODERS, AUTOENCODERS = "diffusion_models", "text_encoders", "vae"
 MODEL_TIP = ("A FLUX.1 transformer (folder diffusion_models), or an all-in-one file (folder checkpoints). Any layout: "
              "BFL, diffusers or ComfyUI; what the file is, is read from its header.")
@@ -19,7 +18,9 @@ MODEL_OUT, CLIP_OUT = "The transformer, for a sampler.", "Both text encoders, fo
 VAE_OUT = "The autoencoder, for Decode and Encode."
 
 
-class FluxKitLoadFlux(api.ComfyNode):
+class FluxKitLoadFlux(api.FileNode):
+    KINDS: ClassVar[dict[str, str]] = {"model": MODELS, "clip_l": ENCODERS, "t5": ENCODERS, "vae": AUTOENCODERS}
+
     @classmethod
     def define_schema(cls) -> Any:
         inside = f" \"{FROM_MODEL}\": it is part of the model file."
@@ -53,7 +54,9 @@ class FluxKitLoadFlux(api.ComfyNode):
                               host().load_vae(part(AUTOENCODERS, vae)))
 
 
-class FluxKitLoadTransformer(api.ComfyNode):
+class FluxKitLoadTransformer(api.FileNode):
+    KINDS: ClassVar[dict[str, str]] = {"model": MODELS}
+
     @classmethod
     def define_schema(cls) -> Any:
         return api.Schema(
@@ -71,7 +74,9 @@ class FluxKitLoadTransformer(api.ComfyNode):
         return api.NodeOutput(host().load_model(api.file_of(MODELS, model)))
 
 
-class FluxKitLoadTextEncoders(api.ComfyNode):
+class FluxKitLoadTextEncoders(api.FileNode):
+    KINDS: ClassVar[dict[str, str]] = {"clip_l": ENCODERS, "t5": ENCODERS}
+
     @classmethod
     def define_schema(cls) -> Any:
         return api.Schema(
@@ -90,7 +95,9 @@ class FluxKitLoadTextEncoders(api.ComfyNode):
         return api.NodeOutput(host().load_text_encoders([api.file_of(ENCODERS, name) for name in (clip_l, t5)]))
 
 
-class FluxKitLoadVAE(api.ComfyNode):
+class FluxKitLoadVAE(api.FileNode):
+    KINDS: ClassVar[dict[str, str]] = {"vae": AUTOENCODERS}
+
     @classmethod
     def define_schema(cls) -> Any:
         return api.Schema(

@@ -9,7 +9,7 @@ from . import api
 from .api import host
 from .sizes import ASPECTS, CUSTOM, GRID, MAX_SIDE, MIN_SIDE, check_side, picture_size
 
-KEEP_STEPS, SKIP_STEPS = "keep the number of steps (ComfyUI)", "skip the first steps (diffusers)"
+KEEP_STEPS, SKIP_STEPS = "keep steps (ComfyUI)", "skip steps (diffusers)"
 
 
 SIDE: dict[str, Any] = {"default": 1024, "min": MIN_SIDE, "max": MAX_SIDE, "step": GRID}

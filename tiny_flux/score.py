@@ -1,4 +1,6 @@
-"""What a picture shows, judged by its pixels alone, and the score of a model over many prompts.
+"""What a picture shows, judged by its pixels alone, and the score of tiny-flux over many prompts.
+
+`python -m flux_kit.tiny_flux.score` prints the table of the README.
 
 The judge knows the palette and the geometry of the grammar, and neither the prompt nor any rendered target: each pixel
 goes to the nearest palette colour, the background is the most frequent colour of the border, the figure the most
@@ -7,12 +9,25 @@ frequent other one, and shape, size and place are measured on the figure's mask.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import argparse
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from .scenes import PALETTE, PLACES, SHAPES, SPANS, Scene, shape_mask
+from ..engine.models.autoencoder import Autoencoder
+from ..engine.models.clip import ClipText
+from ..engine.models.flux import Flux
+from ..engine.models.t5 import T5Encoder
+from ..engine.sampling import Denoiser, image_seq_len, make_sigmas, sample, table_for
+from ..engine.text import TextEncoders, find_tokenizer
+from ..engine.weights import load
+from .scenes import HELD_OUT_SCENES, PALETTE, PLACES, SHAPES, SPANS, Scene, caption, render, shape_mask
 
 FLAT_TOLERANCE = 20          # levels: how far a flat colour may be from its palette entry
 NAMES = tuple(PALETTE)
@@ -100,3 +115,104 @@ def matches(asked: Scene, picture: NDArray[np.uint8]) -> bool:
         want is None or want == got for want, got in zip(
             (asked.size, asked.color, asked.shape, asked.place, asked.ground),
             (seen.size, seen.color, seen.shape, seen.place, seen.ground), strict=True))
+
+
+MODELS = Path(__file__).parent / "models"
+STEPS = {"dev": 20, "schnell": 4}
+
+
+@dataclass(frozen=True)
+class Case:
+    scene: Scene                # attributes that are None were not asked for
+    prompt: str
+
+
+def held_out_cases(count: int, seed: int = 0) -> list[Case]:
+    """Prompts for scenes never trained on: half in the canonical wording, half in any; one in ten leaves out size or
+    place."""
+    rng = random.Random(seed)
+    cases = []
+    for i in range(count):
+        scene = HELD_OUT_SCENES[i % len(HELD_OUT_SCENES)]
+        if i % 10 == 9:
+            scene = replace(scene, size=None) if i % 20 == 9 else replace(scene, place=None)
+        cases.append(Case(scene, caption(scene, rng if i % 2 else None)))
+    return cases
+
+
+class Studio:
+    """tiny-flux through the engine's own path: load, encode, sample, decode."""
+
+    def __init__(self, member: str = "dev", models: Path = MODELS) -> None:
+        t5_file, clip_file = (models / f"text_encoders/tiny-{name}.safetensors" for name in ("t5", "clip_l"))
+        flux, autoencoder = (load(models / file, role) for file, role in (
+            (f"diffusion_models/tiny-flux-{member}.safetensors", "transformer"), ("vae/tiny-ae.safetensors", "vae")))
+        clip, t5 = load(clip_file, "clip_l"), load(t5_file, "t5")
+        assert isinstance(flux, Flux) and isinstance(autoencoder, Autoencoder)
+        assert isinstance(clip, ClipText) and isinstance(t5, T5Encoder)
+        self.flux, self.autoencoder, self.steps = flux, autoencoder, STEPS[member]
+        self.text = TextEncoders(clip, find_tokenizer("clip_l", clip_file), t5, find_tokenizer("t5", t5_file))
+
+    @torch.no_grad()
+    def pictures(self, prompts: Sequence[str], *, seed: int = 0, size: tuple[int, int] = (128, 128),
+                 guidance: float = 3.5, t5_length: int | None = None) -> NDArray[np.uint8]:
+        """One picture a prompt, `(N, H, W, 3)`; euler on BFL's schedule."""
+        width, height = size
+        encoded = [self.text.encode(prompt, t5_length=t5_length) for prompt in prompts]
+        cond, pooled = (torch.cat(column) for column in zip(*encoded, strict=True))
+        table = table_for(self.flux.spec)
+        denoiser = Denoiser(self.flux, [[cond, {"pooled_output": pooled, "guidance": guidance}]])
+        sigmas = make_sigmas("bfl", self.steps, table=table, image_seq_len=image_seq_len(height // 8, width // 8))
+        latents = sample(denoiser, torch.zeros(len(prompts), 16, height // 8, width // 8), sigmas, seed=seed)
+        return to_uint8(self.autoencoder.decode(latents))
+
+
+def to_uint8(pixels: Tensor) -> NDArray[np.uint8]:
+    """`(B, 3, H, W)` in -1..1 -> `(B, H, W, 3)` uint8."""
+    levels: NDArray[np.uint8] = ((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    return levels
+
+
+def score(studio: Studio, cases: Sequence[Case], *, guidance: float = 3.5, t5_length: int | None = None,
+          size: tuple[int, int] = (128, 128), batch: int = 25) -> float:
+    """Share of cases whose picture shows every attribute asked for."""
+    right = 0
+    for start in range(0, len(cases), batch):
+        part = cases[start:start + batch]
+        pictures = studio.pictures([case.prompt for case in part], seed=start, guidance=guidance, size=size,
+                                   t5_length=t5_length)
+        right += sum(matches(case.scene, picture) for case, picture in zip(part, pictures, strict=True))
+    return right / len(cases)
+
+
+@torch.no_grad()
+def round_trip_psnr(autoencoder: Autoencoder, scenes: Sequence[Scene] = HELD_OUT_SCENES) -> float:
+    """Mean PSNR in dB of encode + decode over scenes at 128 x 128, in 8 bits."""
+    values = []
+    for start in range(0, len(scenes), 20):
+        x = torch.stack([torch.from_numpy(render(scene)) for scene in scenes[start:start + 20]]).permute(0, 3, 1, 2)
+        y = torch.from_numpy(to_uint8(autoencoder.decode(autoencoder.encode(x * 2 - 1)))).permute(0, 3, 1, 2) / 255
+        values += (-10 * (x - y).square().mean(dim=(1, 2, 3)).log10()).tolist()
+    return sum(values) / len(values)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=500)
+    parser.add_argument("--quick", action="store_true", help="only the default guidance, length and size")
+    arguments = parser.parse_args()
+    cases = held_out_cases(arguments.cases)
+    dev, schnell = Studio("dev"), Studio("schnell")
+    few = cases[:max(1, len(cases) // 5)]
+    print(f"autoencoder, round trip of held-out scenes: {round_trip_psnr(dev.autoencoder):.1f} dB")
+    for guidance in (3.5,) if arguments.quick else (2.5, 3.5, 5.0):
+        print(f"dev, guidance {guidance}: {score(dev, cases, guidance=guidance):.1%} of {len(cases)}", flush=True)
+    print(f"schnell, 4 steps: {score(schnell, cases):.1%} of {len(cases)}", flush=True)
+    if not arguments.quick:
+        print(f"dev, T5 length 512: {score(dev, few, t5_length=512):.1%} of {len(few)}", flush=True)
+        for size in ((96, 96), (256, 128), (128, 192), (256, 256)):
+            print(f"dev, {size[0]} x {size[1]}: {score(dev, few, size=size):.1%} of {len(few)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

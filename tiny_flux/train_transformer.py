@@ -11,9 +11,9 @@ import math
 import random
 import time
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -22,10 +22,12 @@ from ..engine.models.autoencoder import Autoencoder
 from ..engine.models.clip import ClipText
 from ..engine.models.flux import Flux
 from ..engine.models.t5 import T5Encoder
+from ..engine.sampling import make_sigmas, table_for
+from ..engine.sampling.latents import image_ids, patchify, text_ids, unpatchify
 from ..engine.specs import ClipTextSpec, FluxSpec, T5Spec
 from .data import SIZES, SQUARE, SceneLatents, pad_ids
 from .scenes import HELD_OUT_SCENES, caption
-from .score import matches
+from .score import matches, to_uint8
 from .train_autoencoder import SPEC as AE_SPEC
 from .vocabulary import clip_tokenizer, t5_tokenizer
 
@@ -87,14 +89,9 @@ class Family(nn.Module):
     def velocity(self, latents: Tensor, t: Tensor, txt: Tensor, pooled: Tensor, guidance: Tensor | None) -> Tensor:
         """`(B, 16, H/8, W/8)` in and out."""
         batch, _, height, width = latents.shape
-        rows, columns = height // 2, width // 2
-        img = latents.unflatten(3, (columns, 2)).unflatten(2, (rows, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        ids = torch.zeros(rows, columns, 3)
-        ids[..., 1] = torch.arange(rows)[:, None]
-        ids[..., 2] = torch.arange(columns)[None, :]
-        img_ids = ids.flatten(0, 1).expand(batch, -1, -1)
-        out = self.flux(img, img_ids, txt, torch.zeros(batch, txt.shape[1], 3), t, pooled, guidance)
-        return out.view(batch, rows, columns, 16, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(latents.shape)
+        out = self.flux(patchify(latents), image_ids(batch, height, width), txt, text_ids(batch, txt.shape[1]), t,
+                        pooled, guidance)
+        return unpatchify(out, height, width)
 
 
 def init_transformer(flux: Flux) -> None:
@@ -140,14 +137,11 @@ def held_out_score(family: Family, autoencoder: Autoencoder, count: int, steps: 
     scenes = rng.sample(HELD_OUT_SCENES, count)
     txt, pooled = family.encode([caption(scene, rng) for scene in scenes], length)
     x = torch.randn((count, 16, 16, 16), generator=torch.Generator().manual_seed(7))
-    mu = 0.4675 if family.flux.spec.guidance_embed else 0.0  # BFL's shift for 64 tokens; schnell has none
-    u = torch.linspace(1, 0, steps + 1)
-    sigmas = torch.where(u > 0, math.exp(mu) / (math.exp(mu) + (1 / u.clamp(min=1e-9) - 1)), 0)
-    for sigma, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+    sigmas = make_sigmas("bfl", steps, table=table_for(family.flux.spec), image_seq_len=64)
+    for sigma, after in pairwise(sigmas):
         x = x + (after - sigma) * family.velocity(x, sigma.expand(count), txt, pooled, torch.full((count,), 3.5))
     spec = autoencoder.spec
-    pixels = ((autoencoder.decode(x / spec.scale_factor + spec.shift_factor) + 1) * 127.5).clamp(0, 255).round()
-    pictures = pixels.permute(0, 2, 3, 1).numpy().astype(np.uint8)
+    pictures = to_uint8(autoencoder.decode(x / spec.scale_factor + spec.shift_factor))
     return sum(matches(scene, picture) for scene, picture in zip(scenes, pictures, strict=True)) / count
 
 
@@ -207,9 +201,11 @@ def _cycle(progress: float) -> float:
     return 0.005 + 0.995 * 0.5 * (1 + math.cos(math.pi * (progress - 0.04) / 0.96))
 
 
-def _save(run: Path, family: Family, optimizer: torch.optim.Optimizer, average: dict[str, Tensor], step: int) -> None:
+def _save(run: Path, family: Family, optimizer: torch.optim.Optimizer, average: dict[str, Tensor],
+          step: int) -> None:
     part = run / "state.part"
-    torch.save({"model": family.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step}, part)
+    torch.save({"model": family.state_dict(), "optimizer": optimizer.state_dict(), "average": average,
+                "step": step}, part)
     part.replace(run / "state.pt")
     save_file({k: v.contiguous() for k, v in average.items()}, run / "average.safetensors")
 

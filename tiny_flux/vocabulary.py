@@ -14,15 +14,15 @@ from .scenes import PALETTE, PLACE_WORDS, SHAPES, SIZE_WORDS, WORDINGS
 
 # words that later members of the family (edits, fills, styles) and people's own sentences need
 MORE_WORDS = """
-    add and another as at back be behind below beside between big both bright by canny canvas change color colors colour
-    colored coloured corner dark depth drawing draw each edge empty everything fill filled flat for from front full give
-    gray grey has have here huge icon image in inside instead into is it its keep leave left less light little lower make
-    makes middle mid more move my near new next no not nothing now object of off old one only or other out outside paint
-    painting photo picture place plain please put recolor red remove replace resize right same scene shape shapes shift
-    show shows side simple size small solid some style swap that the their them then there thing this tiny to turn two
-    under up upper use using very was where which white with without you your
-    pink brown cyan magenta teal square circle triangle ring star diamond heart hexagon cross line dot disc disk
-    background foreground figure ground reference centred
+    add and another as at back be behind below beside between big both bright by canny canvas change color
+    colors colour colored coloured corner dark depth drawing draw each edge empty everything fill filled flat
+    for from front full give gray grey has have here huge icon image in inside instead into is it its keep leave
+    left less light little lower make makes middle mid more move my near new next no not nothing now object of
+    off old one only or other out outside paint painting photo picture place plain please put recolor red remove
+    replace resize right same scene shape shapes shift show shows side simple size small solid some style swap
+    that the their them then there thing this tiny to turn two under up upper use using very was where which
+    white with without you your pink brown cyan magenta teal square circle triangle ring star diamond heart
+    hexagon cross line dot disc disk background foreground figure ground reference centred
 """
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 PUNCTUATION = ".,;:!?'\"()-_/&%+*#@=<>[]{}|~^$`\\"

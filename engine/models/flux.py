@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..specs import DEFAULT_GUIDANCE, FluxSpec
+from ..specs import FluxSpec
 from .layers import (
     DoubleStreamBlock,
     EmbedND,
@@ -25,6 +25,7 @@ class Flux(nn.Module):
         if sum(spec.axes_dim) != spec.head_dim:
             raise ValueError(f"rope axes {spec.axes_dim} must add up to the head width {spec.head_dim}")
         self.spec = spec
+        self._table: tuple[Tensor, Tensor, Tensor] | None = None
         self.pe_embedder = EmbedND(spec.head_dim, spec.theta, spec.axes_dim)
         self.img_in = ops.Linear(spec.in_channels, spec.hidden_size)
         self.time_in = MLPEmbedder(spec.frequency_dim, spec.hidden_size, ops)
@@ -40,8 +41,9 @@ class Flux(nn.Module):
         """Velocity of the image tokens.
 
         img `(B, L_img, in_channels)`; img_ids `(B, L_img, 3)`; txt `(B, L_txt, context_in_dim)`;
-        txt_ids `(B, L_txt, 3)`; timesteps `(B,)` sigma in 0..1, fp32; y `(B, vec_in_dim)`; guidance `(B,)`, used by
-        models that embed it and 3.5 when None; attn_mask broadcastable to `(B, H, L, L)` with text first.
+        txt_ids `(B, L_txt, 3)`; timesteps `(B,)` sigma in 0..1, fp32; y `(B, vec_in_dim)`; guidance `(B,)`, read by
+        models that embed it, left out when None (what a conditioning without guidance means, 3.5, is the caller's to
+        say); attn_mask broadcastable to `(B, H, L, L)` with text first.
         Returns `(B, L_img, out_channels)` in img's dtype.
         """
         return self.forward_orig(img, img_ids, txt, txt_ids, timesteps, y, guidance, attn_mask=attn_mask)
@@ -53,7 +55,7 @@ class Flux(nn.Module):
         img = self.img_in(img)
         vec = self.vec(timesteps, y, guidance, dtype)
         txt = self.txt_in(txt)
-        pe = self.pe_embedder(torch.cat((txt_ids, img_ids), dim=1))
+        pe = self.positions(txt_ids, img_ids)
         for block in self.double_blocks:
             img, txt = block(img=img, txt=txt, vec=vec, pe=pe, attn_mask=attn_mask)
         x = torch.cat((txt, img), dim=1)
@@ -62,13 +64,20 @@ class Flux(nn.Module):
         out: Tensor = self.final_layer(x[:, txt.shape[1]:], vec)
         return out
 
+    def positions(self, txt_ids: Tensor, img_ids: Tensor) -> Tensor:
+        """The rotation table of these ids, kept while a run hands over the same two tensors step after step.
+
+        Told by identity: comparing values would make the device wait at every step.
+        """
+        if self._table is None or self._table[0] is not txt_ids or self._table[1] is not img_ids:
+            self._table = (txt_ids, img_ids, self.pe_embedder(torch.cat((txt_ids, img_ids), dim=1)))
+        return self._table[2]
+
     def vec(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The modulation vector `(B, hidden)` from time, guidance and pooled text."""
         dim = self.spec.frequency_dim
         vec: Tensor = self.time_in(timestep_embedding(timesteps.float(), dim).to(dtype))
-        if self.guidance_in is not None:
-            if guidance is None:
-                guidance = torch.full_like(timesteps, DEFAULT_GUIDANCE)
+        if self.guidance_in is not None and guidance is not None:
             vec = vec + self.guidance_in(timestep_embedding(guidance.to(dtype), dim))
         vec = vec + self.vector_in(y.to(dtype))
         return vec

@@ -42,7 +42,7 @@ class Prompt:
 
     txt: Tensor                 # (B or 1, L, context_in_dim)
     y: Tensor                   # (B or 1, vec_in_dim)
-    guidance: float = DEFAULT_GUIDANCE
+    guidance: float | None = DEFAULT_GUIDANCE
     strength: float = 1.0
     sigma_start: float = 1.0
     sigma_end: float = 0.0
@@ -96,13 +96,11 @@ def _as_fp32(value: float) -> float:
     return float(torch.tensor(value, dtype=torch.float32))
 
 
-def _guidance(options: Mapping[str, Any], spec: FluxSpec, role: str) -> float:
+def _guidance(options: Mapping[str, Any], spec: FluxSpec, role: str) -> float | None:
+    """None leaves the embedding out: an explicit None in the conditioning, or a model without it."""
     guidance = options.get("guidance", DEFAULT_GUIDANCE)
-    if guidance is None:
-        if spec.guidance_embed:
-            raise BadInput(f"the {role} conditioning switches the guidance embedding off, which this engine cannot do "
-                           "yet; remove the node that disables guidance")
-        return DEFAULT_GUIDANCE  # not read by a model without the embedding
+    if guidance is None or not spec.guidance_embed:
+        return None
     if not math.isfinite(guidance):
         raise BadInput(f"guidance {guidance} in the {role} conditioning is not a finite number; usual values are 1..10")
     return float(guidance)
@@ -199,5 +197,5 @@ class Denoiser:
                 image_ids(batch, height, width, device=x.device), txt,
                 text_ids(batch, txt.shape[1], device=x.device),
                 repeat_to_batch(prompt.y, batch).to(x.device, self.dtype),
-                torch.full((batch,), prompt.guidance, device=x.device) if self.spec.guidance_embed else None)
+                None if prompt.guidance is None else torch.full((batch,), prompt.guidance, device=x.device))
         return self._kept[key]

@@ -3,9 +3,9 @@
 from .containers import Checkpoint, ModelFile, TensorInfo, open_checkpoint
 from .detect import ROLE_NAMES, VARIANT_NAMES, Detection, Part, detect
 from .keymaps import from_diffusers, to_diffusers
-from .load import Match, build, choose, load, match
+from .load import Match, build, choose, fill, load, match
 
 __all__ = [
     "ROLE_NAMES", "VARIANT_NAMES", "Checkpoint", "Detection", "Match", "ModelFile", "Part", "TensorInfo", "build",
-    "choose", "detect", "from_diffusers", "load", "match", "open_checkpoint", "to_diffusers",
+    "choose", "detect", "fill", "from_diffusers", "load", "match", "open_checkpoint", "to_diffusers",
 ]

@@ -159,10 +159,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     unknown kind, a pickle, or not supported.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = _inside_folder(path)
     name = path.name.lower()
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, False for any name the system refuses
         raise MissingFile(f"{path}: there is no such file or folder", file=path)
     if name.endswith(INDEX_SUFFIX):
         return _open_shards(path)
@@ -204,7 +204,10 @@ def _open_safetensors(path: Path) -> Checkpoint:
 
 def _inside_folder(folder: Path) -> Path:
     """The one index or model file of a folder, as diffusers and transformers lay out a component."""
-    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    try:
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError as error:
+        raise BadModelFile(folder, f"the folder cannot be read ({error.strerror})") from error
     indexes = [name for name in names if name.lower().endswith(INDEX_SUFFIX)]
     models = [name for name in names if name.lower().endswith(SAFETENSORS_SUFFIXES)]
     for candidates in (indexes, models):

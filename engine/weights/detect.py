@@ -248,7 +248,10 @@ def _described(part: Part, checkpoint: Mapping[str, TensorInfo]) -> Part:
 def _summary(parts: Mapping[str, Part], checkpoint: Mapping[str, TensorInfo], ignored: tuple[str, ...],
              unknown: tuple[str, ...], notes: tuple[str, ...]) -> Detection:
     beside = family_of({name: checkpoint[name].shape for name in unknown}) if unknown else None
-    families = [part.family for part in parts.values()] + ([beside] if beside else [])
+    families = [part.family for part in parts.values()]
+    if beside in families:
+        beside = None  # markers of the part itself that stand outside its roots
+    families += [beside] if beside else []
     problems = tuple(problem for part in parts.values() for problem in part.problems)
     if beside:
         problems += (f"it holds {beside}",)

@@ -23,13 +23,13 @@ def _size(axis: int, *sizes: int) -> Callable[[Shape], bool]:
 
 @dataclass(frozen=True)
 class Family:
-    """Files that have a name ending in `has` (after a dot or at the start), of a shape that passes, and none in
-    `without`."""
+    """Files that have a name ending in `has` (after a dot or at the start), of a shape that passes, and one in
+    `also`."""
 
     says: str
     has: str
     shape: Callable[[Shape], bool] = _any_shape
-    without: str | None = None
+    also: str | None = None
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -44,8 +44,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("a HunyuanVideo transformer", "txt_in.individual_token_refiner.blocks.0.self_attn.qkv.weight"),
     Family("a HunyuanVideo transformer", "txt_in.individual_token_refiner.blocks.0.self_attn_qkv.weight"),
     Family("an SD3 transformer", "joint_blocks.0.x_block.attn.qkv.weight"),
-    Family("an SD3 transformer", "transformer_blocks.0.attn.add_q_proj.weight",
-           without="single_transformer_blocks.0.attn.to_q.weight"),
+    Family("an SD3 transformer", "transformer_blocks.0.attn.add_q_proj.weight", also="pos_embed.proj.weight"),
     Family("an SDXL UNet", "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight", _size(1, 2048)),
     Family("an SDXL UNet", "add_embedding.linear_1.weight"),
     Family("an SDXL UNet", "label_emb.0.0.weight"),
@@ -106,7 +105,7 @@ def family_of(shapes: Shapes) -> str | None:
         name = ends_with(shapes, row.has)
         if name is None or not row.shape(shapes[name]):
             continue
-        if row.without is None or ends_with(shapes, row.without) is None:
+        if row.also is None or ends_with(shapes, row.also) is not None:
             return row.says
     return None
 

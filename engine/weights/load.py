@@ -19,7 +19,7 @@ from ..models.t5 import T5Encoder
 from .containers import Checkpoint, TensorInfo, open_checkpoint
 from .detect import ROLE_NAMES, VARIANT_NAMES, Detection, Part, detect
 from .header import show
-from .keymaps import Shape, Source, assemble, source_of
+from .keymaps import Source, assemble, respelled, source_of
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ LOADABLE = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F
 SMALL_ELEMENTS = 1 << 16
 """Tensors up to this size, biases and scales among them, are searched for NaN and infinity at load."""
 EXAMPLES = 5
+LISTED = 50
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,12 @@ def build(part: Part, ops: Ops = PLAIN) -> nn.Module:
         return MODELS[part.role](part.spec, ops).requires_grad_(False).eval()
 
 
-def match(checkpoint: Mapping[str, TensorInfo], part: Part, wanted: Mapping[str, Shape]) -> Match:
-    """Compares a part with the names and shapes `wanted` (ours)."""
+def match(checkpoint: Mapping[str, TensorInfo], part: Part, model: nn.Module) -> Match:
+    """Compares a part with the names and shapes of `model`, whose q/k norms may go by any known spelling."""
     assert part.spec is not None
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     source = source_of(part.layout, part.spec)
-    sources = {name: source(name, shape) for name, shape in wanted.items()}
+    sources = {name: source(ours, shapes[name]) for ours, name in respelled(part.role, shapes).items()}
     missing, misshapen, unloadable = [], [], []
     used = set()
     for where in sources.values():
@@ -97,26 +99,37 @@ def _load(checkpoint: Checkpoint, role: str, variant: Collection[str] | None, dt
     detection = detect(checkpoint)
     part = choose(checkpoint, detection, role, variant)
     model = build(part, ops)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = match(checkpoint, part, wanted)
-    refuse(checkpoint, part, found, len(wanted))
+    fill(model, checkpoint, part, dtype=dtype, device=device)
     if detection.unknown:
         log.warning("%s: %d tensors belong to nothing known and are not used: %s%s", checkpoint.path.name,
-                    len(detection.unknown), ", ".join(map(show, detection.unknown[:50])),
-                    "" if len(detection.unknown) <= 50 else ", ...")
+                    len(detection.unknown), ", ".join(map(show, detection.unknown[:LISTED])),
+                    "" if len(detection.unknown) <= LISTED else ", ...")
     for note in part.notes:
         log.warning("%s: %s", checkpoint.path.name, note)
+    return model
+
+
+def fill(model: nn.Module, checkpoint: Checkpoint, part: Part, *, dtype: torch.dtype | None = None,
+         device: torch.device | str = "cpu") -> None:
+    """Puts the part's weights in place of those of `model`, which may be on the meta device or a host's subclass.
+
+    Strict, as `load` is; a model that does not fit is left as it was.
+    """
+    found = match(checkpoint, part, model)
+    refuse(checkpoint, part, found)
 
     def read(name: str) -> Tensor:
         return checkpoint[part.names[name]].read()
 
     weights = {}
-    for name, where in found.sources.items():
-        weights[name] = assemble(where, wanted[name], read, dtype=dtype, device=device)
-        if weights[name].numel() <= SMALL_ELEMENTS:
+    for name, parameter in model.state_dict().items():
+        where = found.sources[name]
+        weights[name] = assemble(where, tuple(parameter.shape), read, dtype=dtype, device=device)
+        if parameter.numel() <= SMALL_ELEMENTS:
             _check_finite(checkpoint, part, where, weights[name])
+    model.requires_grad_(False)
     model.load_state_dict(weights, strict=True, assign=True)
-    return model.requires_grad_(False).eval()
+    model.eval()
 
 
 def choose(checkpoint: Checkpoint, detection: Detection, role: str, variant: Collection[str] | None = None) -> Part:
@@ -139,10 +152,10 @@ def choose(checkpoint: Checkpoint, detection: Detection, role: str, variant: Col
     return part
 
 
-def refuse(checkpoint: Checkpoint, part: Part, found: Match, wanted: int) -> None:
+def refuse(checkpoint: Checkpoint, part: Part, found: Match) -> None:
     """Raises `BadModelFile` for the first kind of mismatch, with its count and five examples."""
     for names, problem, expected, advice in (
-            (found.missing, "tensors are missing", f"{wanted} weights", "Download it again, or get another version"),
+            (found.missing, "tensors are missing", f"all {len(found.sources)} weights", "Download it again, or get another version"),
             (found.misshapen, "tensors have the wrong shape", None, "Get another version of this model"),
             (found.unloadable, "weights are stored in a type that cannot be loaded",
              " or ".join(LOADABLE), "Get another version of this model"),

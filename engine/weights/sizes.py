@@ -14,7 +14,9 @@ from ..specs import CLIP_L, FLUX_AE, FLUX_DEV, GROUP_NORM_GROUPS, T5_XXL
 from .keymaps import Shape, Spec, source_of
 
 MAX_WIDTH = 1 << 20
-MAX_LAYERS = 512
+MAX_LAYERS = 256
+MAX_LEVELS = 8
+MAX_RES_BLOCKS = 16
 IN_CHANNELS = {64: "dev, schnell", 128: "Depth, Canny", 384: "Fill"}
 T5_SIZES = {512: "small", 768: "base", 1024: "large", 2048: "XL"}
 CLIP_HEAD_WIDTH = 64
@@ -93,19 +95,27 @@ def read_autoencoder(layout: str, shapes: Mapping[str, Shape]) -> Sizes:
     ch = at.size("encoder.conv_in.weight", 0, FLUX_AE.ch, ("decoder.norm_out.weight", 0))
     levels = at.count(bfl=r"(?:encoder\.down|decoder\.up)\.(\d+)\.",
                       diffusers=r"(?:encoder\.down|decoder\.up)_blocks\.(\d+)\.")
-    widths = [at.size(f"encoder.down.{i}.block.0.conv1.weight", 0, ch) for i in range(levels)]
-    blocks = at.count(bfl=r"encoder\.down\.\d+\.block\.(\d+)\.",
-                      diffusers=r"encoder\.down_blocks\.\d+\.resnets\.(\d+)\.")
+    # the decoder has one block more a level, so it tells also where the encoder has none
+    widths = [at.size(f"decoder.up.{i}.block.0.conv1.weight", 0, ch, (f"encoder.down.{i}.block.0.conv1.weight", 0))
+              for i in range(levels)]
+    blocks = at.count(bfl=r"decoder\.up\.\d+\.block\.(\d+)\.",
+                      diffusers=r"decoder\.up_blocks\.\d+\.resnets\.(\d+)\.") - 1
+    if blocks < 0:
+        blocks = at.count(bfl=r"encoder\.down\.\d+\.block\.(\d+)\.",
+                          diffusers=r"encoder\.down_blocks\.\d+\.resnets\.(\d+)\.") or FLUX_AE.num_res_blocks
     spec = replace(
         FLUX_AE,
         in_channels=at.size("encoder.conv_in.weight", 1, FLUX_AE.in_channels),
         out_ch=at.size("decoder.conv_out.weight", 0, FLUX_AE.out_ch), ch=ch,
         ch_mult=tuple(width // ch for width in widths) or FLUX_AE.ch_mult,
-        num_res_blocks=blocks or FLUX_AE.num_res_blocks,
+        num_res_blocks=blocks,
         z_channels=at.size("decoder.conv_in.weight", 1, FLUX_AE.z_channels))
     problems = []
     if any(width % ch or width % GROUP_NORM_GROUPS for width in (ch, *widths)):
         problems.append(f"its widths {widths} are not multiples of the first ({ch}) and of {GROUP_NORM_GROUPS}")
+    if levels > MAX_LEVELS or blocks > MAX_RES_BLOCKS:
+        problems.append(f"it has {levels} resolutions of {blocks} blocks; FLUX.1 has {len(FLUX_AE.ch_mult)} of "
+                        f"{FLUX_AE.num_res_blocks}")
     if spec.z_channels != FLUX_AE.z_channels:
         problems.append(f"it has {spec.z_channels} latent channels; FLUX.1 has {FLUX_AE.z_channels}")
     if at.any(bfl=r"quant_conv\.", diffusers=r"quant_conv\."):
@@ -132,7 +142,7 @@ def read_t5(layout: str, shapes: Mapping[str, Shape]) -> Sizes:
         notes.append(f"this is T5 {T5_SIZES[spec.d_model]} (width {spec.d_model}); FLUX.1 takes T5 v1.1 XXL "
                      f"(width {T5_XXL.d_model})")
     problems = []
-    if inner % heads or spec.d_model > MAX_WIDTH // 4:
+    if inner % heads:
         problems.append(f"its attention is {inner} wide, which {heads} heads do not divide")
     return Sizes(spec, tuple(problems), tuple(notes))
 

@@ -34,10 +34,15 @@ class _Value:
     value: Any
 
 
+_Found = list[Any] | _Value | None  # [id, output], a value, or nothing (then the widget's own counts)
+_Place = tuple[str, str, int, str]  # path, node, input, type wanted at the far end
+_Known = dict[_Place, _Found]
+
+
 @dataclass
 class _Scope:
     """One use of a graph. `promoted`: values that the subgraph node holds for its inputs, `inner`: for widgets of nodes
-    inside; `children`: the subgraphs used here, by node id."""
+    inside; `own`: widget values of the nodes here; `children`: the subgraphs used here; all by node id."""
 
     graph: Graph
     path: str = ""
@@ -45,6 +50,7 @@ class _Scope:
     host: Node | None = None
     promoted: dict[str, Any] = field(default_factory=dict)
     inner: dict[str, dict[str, Any]] = field(default_factory=dict)
+    own: dict[str, dict[str, Any]] = field(default_factory=dict)
     children: dict[str, _Scope] = field(default_factory=dict)
 
 
@@ -55,6 +61,10 @@ def to_prompt(document: Document, nodes: Nodes, choose: random.Random | None = N
               if node.active and node.type not in VIRTUAL and node.id not in scope.children]
     unknown_types(((scope.path + node.id, node.type) for scope, node in active), nodes)
     schemas = {kind: nodes[kind].GET_SCHEMA() for kind in {node.type for _, node in active}}
+    for scope, node in active:
+        own = widget_values(schemas[node.type], node.values)
+        own.update({name: value for name, value in scope.inner.get(node.id, {}).items() if name in own})
+        scope.own[node.id] = own
     prompt: Prompt = {}
     known: _Known = {}
     for scope, node in active:
@@ -62,17 +72,28 @@ def to_prompt(document: Document, nodes: Nodes, choose: random.Random | None = N
         if id_ in prompt:
             raise BadWorkflow(f"two nodes have the id {shown(id_)}")
         schema = schemas[node.type]
-        inputs = _widgets(scope, node, schema, choose or random.Random())
-        for slot, socket in enumerate(node.inputs):
-            found = _resolve(scope, node, slot, known)
-            if isinstance(found, _Value):
-                inputs[socket.name] = {"__value__": found.value} if isinstance(found.value, list) else found.value
-            elif found is not None:
-                inputs[socket.name] = found
+        inputs = _inputs(scope, node, schema, known, choose or random.Random())
         title = node.title or schema.display_name or node.type
         prompt[id_] = {"class_type": node.type, "inputs": inputs, "_meta": {"title": title}}
     _name_files(prompt, active)
     return prompt
+
+
+def _inputs(scope: _Scope, node: Node, schema: io.Schema, known: _Known, choose: random.Random) -> dict[str, Any]:
+    """The node's own widget values, prompts with their choices made, and over them what its sockets receive."""
+    found = {socket.name: _resolve(scope, node, slot, known) for slot, socket in enumerate(node.inputs)}
+    received = {name: what for name, what in found.items() if what is not None}
+    values = dict(scope.own[node.id])
+    for spec in schema.inputs:
+        text = values.get(spec.id)
+        dynamic = isinstance(spec, io.String.Input) and spec.dynamic_prompts and spec.id not in received
+        if dynamic and isinstance(text, str):
+            values[spec.id] = dynamic_prompt(text, choose)
+            if values[spec.id] != text:
+                log.info("node %s: prompt text became: %s", scope.path + node.id, shown(values[spec.id], 200))
+    values.update({name: what.value for name, what in received.items() if isinstance(what, _Value)})
+    inputs = {name: {"__value__": value} if isinstance(value, list) else value for name, value in values.items()}
+    return inputs | {name: what for name, what in received.items() if isinstance(what, list)}
 
 
 def _unfold(document: Document) -> list[_Scope]:
@@ -133,24 +154,6 @@ def _socket_name(scope: _Scope, link: Link) -> str | None:
 def _is_widget(scope: _Scope, link: Link) -> bool:
     node = scope.graph.nodes.get(link.target)
     return bool(node and link.target_slot < len(node.inputs) and node.inputs[link.target_slot].widget)
-
-
-def _widgets(scope: _Scope, node: Node, schema: io.Schema, choose: random.Random) -> dict[str, Any]:
-    """The node's own widget values, over them those its subgraph node shows, prompts with their choices made."""
-    own = widget_values(schema, node.values)
-    own.update({name: value for name, value in scope.inner.get(node.id, {}).items() if name in own})
-    for spec in schema.inputs:
-        text = own.get(spec.id)
-        if isinstance(spec, io.String.Input) and spec.dynamic_prompts and isinstance(text, str):
-            own[spec.id] = dynamic_prompt(text, choose)
-            if own[spec.id] != text:
-                log.info("node %s: prompt text became: %s", scope.path + node.id, shown(own[spec.id], 200))
-    return {name: {"__value__": value} if isinstance(value, list) else value for name, value in own.items()}
-
-
-_Found = list[Any] | _Value | None  # [id, output], a value, or nothing (then the widget's own counts)
-_Place = tuple[str, str, int, str]  # path, node, input, type wanted at the far end
-_Known = dict[_Place, _Found]
 
 
 def _resolve(scope: _Scope, node: Node, slot: int, known: _Known) -> _Found:
@@ -239,16 +242,20 @@ def _host_slot(scope: _Scope, slot: int) -> int | None:
 
 
 def _promoted(scope: _Scope, slot: int) -> _Value | None:
-    """Value of an unlinked subgraph input: what the subgraph node holds, else that of the first widget inside."""
+    """Value of an unlinked subgraph input, for all it is linked to: what the subgraph node holds, else the value of the
+    first widget inside."""
     for _ in range(MAX_NODES):
         name, ids = scope.graph.inputs[slot]
         if name in scope.promoted:
             return _Value(scope.promoted[name])
-        inner = next((link for link in map(scope.graph.links.get, ids) if link and _is_widget(scope, link)), None)
-        child = None if inner is None else scope.children.get(inner.target)
-        if inner is None or child is None:
-            return None  # the widgets inside keep their own values
-        target = _socket_name(scope, inner)
+        link = next((link for link in map(scope.graph.links.get, ids) if link and _is_widget(scope, link)), None)
+        if link is None:
+            return None
+        target = _socket_name(scope, link)
+        child = scope.children.get(link.target)
+        if child is None:
+            own = scope.own.get(link.target, {})
+            return _Value(own[target]) if target in own else None
         names = [known for known, _ in child.graph.inputs]
         if target not in names:
             return None

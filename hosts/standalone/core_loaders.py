@@ -6,7 +6,7 @@ error for it lists what is.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from ...engine.errors import FluxKitError
 from . import io
@@ -31,12 +31,26 @@ def _check(kind: str, *names: str | None) -> bool | str:
     return True
 
 
+class _FileNode(io.ComfyNode):
+    """Runs anew when a file it names has changed on disk. `KIND` is the kind of all its file widgets, the `*_name*`."""
+
+    KIND: ClassVar[str]
+
+    @classmethod
+    def fingerprint_inputs(cls, **widgets: Any) -> list[tuple[str, int, int]]:
+        names = [value for key, value in widgets.items() if "_name" in key and value is not None]
+        paths = [here().resolve_file(cls.KIND, name) for name in names]
+        return [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
+
+
 def _device() -> io.Input:
     return io.Combo.Input("device", options=["default", "cpu"], optional=True,
                           tooltip="Where the encoders run: the host's device, or the CPU.")
 
 
-class UNETLoader(io.ComfyNode):
+class UNETLoader(_FileNode):
+    KIND = "diffusion_models"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -54,7 +68,9 @@ class UNETLoader(io.ComfyNode):
         return io.NodeOutput(here().load_model(here().resolve_file("diffusion_models", unet_name)))
 
 
-class DualCLIPLoader(io.ComfyNode):
+class DualCLIPLoader(_FileNode):
+    KIND = "text_encoders"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -75,7 +91,9 @@ class DualCLIPLoader(io.ComfyNode):
         return io.NodeOutput(host.load_text_encoders(files, device=None if device == "default" else device))
 
 
-class CLIPLoader(io.ComfyNode):
+class CLIPLoader(_FileNode):
+    KIND = "text_encoders"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -95,7 +113,9 @@ class CLIPLoader(io.ComfyNode):
         return io.NodeOutput(host.load_text_encoders(files, device=None if device == "default" else device))
 
 
-class VAELoader(io.ComfyNode):
+class VAELoader(_FileNode):
+    KIND = "vae"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(node_id="VAELoader", display_name="Load VAE", category="loaders",
@@ -110,7 +130,9 @@ class VAELoader(io.ComfyNode):
         return io.NodeOutput(here().load_vae(here().resolve_file("vae", vae_name)))
 
 
-class CheckpointLoaderSimple(io.ComfyNode):
+class CheckpointLoaderSimple(_FileNode):
+    KIND = "checkpoints"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -35,7 +35,7 @@ FOUND = (*LISTED, ".ckpt", ".pt", ".pth", ".bin")  # not offered, but the loader
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 YAML = "extra_model_paths.yaml"
 MAX_FILES = 100_000
-_DEVICE = re.compile(r"^(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?$", re.IGNORECASE)
+_DEVICE = re.compile(r"^(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³]) *(\..*)?$", re.IGNORECASE)
 
 
 @dataclass

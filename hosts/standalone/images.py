@@ -15,7 +15,7 @@ from ...engine.errors import BadInput
 MAX_PIXELS = 64 * 1024 * 1024  # of all frames together
 MAX_FRAMES = 64
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")  # no others are tried: fewer decoders, fewer surprises
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # no others are tried: fewer decoders, fewer surprises
 STILLS = {"MPO"}  # several pictures in one file that are no animation
 EMPTY_MASK = 64  # side of the mask of a picture without transparency
 

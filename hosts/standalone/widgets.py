@@ -13,9 +13,9 @@ from typing import Any
 
 from . import io
 
-CONTROLS = {"fixed", "increment", "decrement", "randomize"}
 SEEDS = {"seed", "noise_seed"}  # have a control although their schema may not say so
-CONTROL, EXTRA = "control", "extra"  # places in the list that are no inputs
+CONTROL, FILTER, UPLOAD = "control", "filter", "upload"  # places in the list that are no inputs
+EXTRAS = {CONTROL: ("fixed", "increment", "decrement", "randomize"), UPLOAD: ("image",)}  # what they can hold
 _BLANK: dict[str, Any] = {"INT": 0, "FLOAT": 0.0, "STRING": "", "BOOLEAN": False}
 _COMMENT = re.compile(r"/\*|//")
 _NEWLINE = re.compile(r"[\n\r\u2028\u2029]")
@@ -47,7 +47,7 @@ def _by_position(schema: io.Schema, saved: list[Any]) -> dict[str, Any]:
         if isinstance(place, io.Input):
             found[place.id] = saved[index]
             index += 1
-        elif (place == CONTROL and saved[index] in CONTROLS) or (place == EXTRA and surplus):
+        elif surplus if place == FILTER else saved[index] in EXTRAS[place]:
             index += 1
     return found
 
@@ -64,9 +64,9 @@ def _places(schema: io.Schema) -> Iterator[io.WidgetInput | str]:
             if control or (control is None and isinstance(spec, io.Int.Input) and spec.id in SEEDS):
                 yield CONTROL
                 if isinstance(spec, io.Combo.Input):
-                    yield EXTRA
+                    yield FILTER
         if upload and not optional:
-            yield EXTRA
+            yield UPLOAD
 
 
 def _widgets(schema: io.Schema) -> list[io.WidgetInput]:

@@ -16,7 +16,7 @@ from flux_kit.hosts.standalone.executor import Executor, Result
 from flux_kit.hosts.standalone.folders import Folders
 from flux_kit.hosts.standalone.host import StandaloneHost
 
-__all__ = ["family", "host", "models", "run_prompt", "tiny_models"]
+__all__ = ["family", "host", "models", "run_prompt", "tiny_files", "tiny_models"]
 
 NAMES = {"dev": "flux1-dev.safetensors", "schnell": "flux1-schnell.safetensors", "t5": "t5xxl_fp16.safetensors",
          "clip_l": "clip_l.safetensors", "vae": "ae.safetensors", "all-in-one": "flux1-schnell-fp8.safetensors"}
@@ -36,15 +36,15 @@ def models(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def _tiny(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_files(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return family.write(tmp_path_factory.mktemp("tiny"), TINY_NAMES)
 
 
 @pytest.fixture
-def tiny_models(_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def tiny_models(tiny_files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The miniature family in the place of the built-in one: random weights do for everything but what pictures show."""
-    monkeypatch.setattr(session, "TINY_MODELS", _tiny)
-    return _tiny
+    monkeypatch.setattr(session, "TINY_MODELS", tiny_files)
+    return tiny_files
 
 
 @pytest.fixture

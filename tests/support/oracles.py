@@ -147,7 +147,7 @@ def clip_oracle(spec: ClipTextSpec, state: State) -> CLIPTextModel:
         vocab_size=spec.vocab_size, hidden_size=spec.hidden_size, intermediate_size=spec.intermediate_size,
         num_hidden_layers=spec.num_hidden_layers, num_attention_heads=spec.num_attention_heads,
         max_position_embeddings=spec.max_position_embeddings, hidden_act="quick_gelu", layer_norm_eps=1e-5,
-        bos_token_id=49406, eos_token_id=49407, attn_implementation="eager")
+        bos_token_id=spec.bos_token_id, eos_token_id=spec.eos_token_id, attn_implementation="eager")
     model = CLIPTextModel(config)  # not on meta: it keeps a table of positions that no file holds
     wanted = set(model.state_dict())
     short = {key.removeprefix("text_model."): value for key, value in state.items()}

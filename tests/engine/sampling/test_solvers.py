@@ -258,8 +258,9 @@ def test_ancestral_without_eta_is_euler_and_is_seeded():
     torch.testing.assert_close(sample_euler_ancestral(field, x, sigmas, eta=0.0), SOLVERS["euler"](field, x, sigmas))
     runs = [SOLVERS["euler_ancestral"](field, x, sigmas, extra_args={"seed": seed}) for seed in (5, 5, 6)]
     assert torch.equal(runs[0], runs[1]) and not torch.allclose(runs[0], runs[2])
-    first = seeded_noise(x.float(), 2**64 - 1)(sigmas[0], sigmas[1])
-    assert torch.equal(first, torch.randn(x.shape, generator=torch.Generator().manual_seed(0)))
+    for seed, drawn_with in ((2**64 - 1, 0), (2**63, 2**63 + 1), (7, 8)):
+        first = seeded_noise(x.float(), seed)(sigmas[0], sigmas[1])
+        assert torch.equal(first, torch.randn(x.shape, generator=torch.Generator().manual_seed(drawn_with)))
 
 
 # --- what every solver keeps to -----------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ def t5_json() -> str:
 
 
 def spiece_of(tree: dict[str, Any]) -> bytes:
-    """T5's tokenizer.json as the spiece.model it was converted from: its pieces without sentinels, its character map."""
+    """T5's tokenizer.json as the spiece.model it came from: pieces without sentinels, the character map."""
 
     def number(value: int) -> bytes:
         head = b""

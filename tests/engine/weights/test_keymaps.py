@@ -19,8 +19,9 @@ FLUX_SPECS = [
     FluxSpec(hidden_size=128, num_heads=1, depth=1, depth_single_blocks=2, context_in_dim=64, vec_in_dim=32),
     FluxSpec(hidden_size=256, num_heads=2, depth=3, depth_single_blocks=1, mlp_ratio=2.0, in_channels=128,
              context_in_dim=8, vec_in_dim=8, guidance_embed=False),
-    FluxSpec(hidden_size=384, num_heads=3, depth=12, depth_single_blocks=0, mlp_ratio=3.0, context_in_dim=8,
+    FluxSpec(hidden_size=384, num_heads=3, depth=1, depth_single_blocks=0, mlp_ratio=3.0, context_in_dim=8,
              vec_in_dim=8),
+    FluxSpec(hidden_size=128, num_heads=1, depth=0, depth_single_blocks=11, context_in_dim=8, vec_in_dim=8),
 ]
 AE_SPECS = [AutoencoderSpec(ch=32, ch_mult=(1, 2, 2, 2), num_res_blocks=1),
             AutoencoderSpec(ch=64, ch_mult=(1, 2, 3), num_res_blocks=2), AutoencoderSpec(ch=32, ch_mult=(2, 4))]
