@@ -72,7 +72,7 @@ def _size(options: argparse.Namespace, spec: FluxSpec) -> tuple[int, int]:
 def graph(host: StandaloneHost, options: argparse.Namespace, parts: Parts, width: int, height: int,
           seed: int) -> Prompt:
     """The workflow of one picture, in API format."""
-    from ..nodes.loaders import FROM_MODEL
+    from ..nodes.api import FROM_MODEL
     from ..nodes.sampling import KEEP_STEPS
     from ..nodes.sizes import CUSTOM
     names = {role: FROM_MODEL if path is None else host.name_file(KIND_OF_ROLE[role], path)
@@ -162,7 +162,7 @@ def find_part(host: StandaloneHost, role: str, spec: FluxSpec, model: Path) -> P
         path = host.resolve_file(kind, name)
         if not path.resolve().is_relative_to(tiny_root) and _fits(path, role, spec):
             fitting.append((name, path))
-    if not fitting and spec.hidden_size < TINY_HIDDEN:
+    if not fitting and spec.hidden_size < TINY_HIDDEN and _fits(tiny(role), role, spec):
         fitting = [(session.TINY_FLUX[role], tiny(role))]
     option = OPTION_OF_ROLE[role]
     if len(fitting) > 1:

@@ -61,11 +61,10 @@ def _misfits(checkpoint: Checkpoint, found: Detection) -> tuple[list[str], list[
     for part in found.parts.values():
         if part.role not in LOADED or part.spec is None or part.problems or part.foreign:
             continue
-        wanted = {name: tuple(tensor.shape) for name, tensor in build(part).state_dict().items()}
-        matched = match(checkpoint, part, wanted)
+        matched = match(checkpoint, part, build(part))
         missing += matched.missing
         try:
-            refuse(checkpoint, part, matched, len(wanted))
+            refuse(checkpoint, part, matched)
         except FluxKitError as error:
             problems.append(str(error))
     if found.role == "unknown" and not problems:

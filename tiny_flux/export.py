@@ -31,6 +31,7 @@ def write(state: dict[str, Tensor], file: str, metadata: dict[str, str] | None =
     path = MODELS / file
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(state, path, {"format": "pt", **(metadata or {})})
+    path.chmod(0o644)  # the library writes 0600, which a shared install cannot read
 
 
 def main() -> None:

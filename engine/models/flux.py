@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,22 @@ from .layers import (
     timestep_embedding,
 )
 from .ops import PLAIN, Ops
+
+
+class BlockHooks(Protocol):
+    """What a host may put round the blocks: patches, replaced blocks, residuals of control networks."""
+
+    def before(self, img: Tensor, txt: Tensor, img_ids: Tensor, txt_ids: Tensor
+               ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sees, and may change, the embedded tokens and their positions."""
+
+    def double(self, index: int, block: nn.Module, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor,
+               attn_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Runs the double block, or what takes its place: (img, txt)."""
+
+    def single(self, index: int, block: nn.Module, x: Tensor, txt_tokens: int, vec: Tensor, pe: Tensor,
+               attn_mask: Tensor | None) -> Tensor:
+        """Runs the single block, or what takes its place, on text and image tokens."""
 
 
 class Flux(nn.Module):
@@ -49,18 +67,27 @@ class Flux(nn.Module):
         return self.forward_orig(img, img_ids, txt, txt_ids, timesteps, y, guidance, attn_mask=attn_mask)
 
     def forward_orig(self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, timesteps: Tensor, y: Tensor,
-                     guidance: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
+                     guidance: Tensor | None = None, attn_mask: Tensor | None = None,
+                     hooks: BlockHooks | None = None) -> Tensor:
         """BFL's forward by its public name, which other packs replace as a whole."""
         dtype = img.dtype
         img = self.img_in(img)
         vec = self.vec(timesteps, y, guidance, dtype)
         txt = self.txt_in(txt)
+        if hooks is not None:
+            img, txt, img_ids, txt_ids = hooks.before(img, txt, img_ids, txt_ids)
         pe = self.positions(txt_ids, img_ids)
-        for block in self.double_blocks:
-            img, txt = block(img=img, txt=txt, vec=vec, pe=pe, attn_mask=attn_mask)
+        for i, block in enumerate(self.double_blocks):
+            if hooks is None:
+                img, txt = block(img=img, txt=txt, vec=vec, pe=pe, attn_mask=attn_mask)
+            else:
+                img, txt = hooks.double(i, block, img, txt, vec, pe, attn_mask)
         x = torch.cat((txt, img), dim=1)
-        for block in self.single_blocks:
-            x = block(x, vec=vec, pe=pe, attn_mask=attn_mask)
+        for i, block in enumerate(self.single_blocks):
+            if hooks is None:
+                x = block(x, vec=vec, pe=pe, attn_mask=attn_mask)
+            else:
+                x = hooks.single(i, block, x, txt.shape[1], vec, pe, attn_mask)
         out: Tensor = self.final_layer(x[:, txt.shape[1]:], vec)
         return out
 

@@ -1,7 +1,8 @@
 """The blocks of the flow transformer, with BFL's names (black-forest-labs/flux, modules/layers.py).
 
 Shapes: `img` `(B, L_img, hidden)`, `txt` `(B, L_txt, hidden)`, `vec` `(B, hidden)`, `pe` `(B, 1, L, D/2, 2, 2)` fp32
-with text first. Blocks run from (img, txt, vec, pe) alone, since other packs call them so.
+with text first. Blocks run from (img, txt, vec, pe) alone, since other packs call them so; `transformer_options` goes
+to a host's attention and is read nowhere else.
 """
 
 from __future__ import annotations
@@ -143,13 +144,13 @@ class DoubleStreamBlock(nn.Module):
         self.txt_mlp = _mlp(dim, hidden, ops)
 
     def forward(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, attn_mask: Tensor | None = None,
-                options: Options = None) -> tuple[Tensor, Tensor]:
+                transformer_options: Options = None) -> tuple[Tensor, Tensor]:
         img_mod1, img_mod2 = self.img_mod(vec)
         txt_mod1, txt_mod2 = self.txt_mod(vec)
         img_q, img_k, img_v = self.img_attn.heads(modulate(self.img_norm1, img, img_mod1.shift, img_mod1.scale))
         txt_q, txt_k, txt_v = self.txt_attn.heads(modulate(self.txt_norm1, txt, txt_mod1.shift, txt_mod1.scale))
         q, k, v = (torch.cat(pair, dim=2) for pair in ((txt_q, img_q), (txt_k, img_k), (txt_v, img_v)))
-        attn = self.attention(q, k, v, pe, attn_mask, options)  # (B, L_txt + L_img, hidden)
+        attn = self.attention(q, k, v, pe, attn_mask, transformer_options)  # (B, L_txt + L_img, hidden)
         txt_attn, img_attn = attn[:, :txt.shape[1]], attn[:, txt.shape[1]:]
 
         img = torch.addcmul(img, img_mod1.gate, self.img_attn.proj(img_attn))
@@ -178,13 +179,13 @@ class SingleStreamBlock(nn.Module):
         self.modulation = Modulation(dim, False, ops)
 
     def forward(self, x: Tensor, vec: Tensor, pe: Tensor, attn_mask: Tensor | None = None,
-                options: Options = None) -> Tensor:
+                transformer_options: Options = None) -> Tensor:
         mod, _ = self.modulation(vec)
         qkv, mlp = self.linear1(modulate(self.pre_norm, x, mod.shift, mod.scale)).split(
             [3 * self.hidden_size, self.mlp_hidden_dim], dim=-1)
         q, k, v = split_heads(qkv, self.num_heads)
         q, k = self.norm(q, k, v)
-        attn = self.attention(q, k, v, pe, attn_mask, options)
+        attn = self.attention(q, k, v, pe, attn_mask, transformer_options)
         return within_half(torch.addcmul(x, mod.gate, self.linear2(torch.cat((attn, self.mlp_act(mlp)), 2))))
 
 

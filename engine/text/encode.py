@@ -24,12 +24,17 @@ class Tokens:
 
 @dataclass(frozen=True)
 class TextEncoders:
-    """CLIP-L and T5 with their tokenizers; refuses tokenizers that do not fit the encoders (BadModelFile)."""
+    """CLIP-L and T5 with their tokenizers; refuses tokenizers that do not fit the encoders (BadModelFile).
+
+    `device`: where they run, for hosts that keep weights elsewhere and bring them along layer by layer; None: where
+    their weights are.
+    """
 
     clip: ClipText
     clip_tokenizer: ClipTokenizer
     t5: T5Encoder
     t5_tokenizer: T5Tokenizer
+    device: torch.device | None = None
 
     def __post_init__(self) -> None:
         self.clip_tokenizer.check_fits(self.clip.spec.vocab_size)
@@ -67,7 +72,7 @@ class TextEncoders:
         rows = [tokens]
         if _weighted(tokens):
             rows.append([Token(self.t5_tokenizer.eos)] + [Token(self.t5_tokenizer.pad)] * (len(tokens) - 1))
-        states = self.t5(_ids(rows, self.t5)).float()
+        states = self.t5(_ids(rows, self.t5, self.device)).float()
         return _weigh(states[:1], states[-1:], rows[:1])
 
     @torch.no_grad()
@@ -76,7 +81,7 @@ class TextEncoders:
         rows = list(chunks)
         if any(map(_weighted, chunks)):
             rows.append(self.clip_tokenizer.tokenize("", len(chunks[0]))[0])
-        states, pooled = self.clip(_ids(rows, self.clip))
+        states, pooled = self.clip(_ids(rows, self.clip, self.device))
         states = _weigh(states[:len(chunks)].float(), states[-1:].float(), chunks)
         return states.flatten(0, 1)[None], pooled[:1].float()
 
@@ -88,9 +93,10 @@ def _check_specials(tokenizer: ClipTokenizer | T5Tokenizer, pairs: dict[str, tup
                                "encoder", field=f"id of the {name} token", expected=expected, found=found)
 
 
-def _ids(rows: list[list[Token]], encoder: nn.Module) -> Tensor:
-    """`(B, L)` int64 where the encoder is."""
-    device = next(chain(encoder.parameters(), encoder.buffers())).device
+def _ids(rows: list[list[Token]], encoder: nn.Module, device: torch.device | None) -> Tensor:
+    """`(B, L)` int64 where the encoder runs."""
+    if device is None:
+        device = next(chain(encoder.parameters(), encoder.buffers())).device
     return torch.tensor([[token.id for token in row] for row in rows], dtype=torch.long, device=device)
 
 

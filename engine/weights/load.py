@@ -18,7 +18,7 @@ from ..models.ops import PLAIN, Ops
 from ..models.t5 import T5Encoder
 from .containers import Checkpoint, TensorInfo, open_checkpoint
 from .detect import ROLE_NAMES, VARIANT_NAMES, Detection, Part, detect
-from .header import show
+from .header import show, show_shape
 from .keymaps import Source, assemble, respelled, source_of
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def match(checkpoint: Mapping[str, TensorInfo], part: Part, model: nn.Module) ->
                 continue
             info = checkpoint[part.names[name]]
             if info.shape != shape:
-                misshapen.append(f"{show(part.names[name])}: {list(info.shape)}, expected {list(shape)}")
+                misshapen.append(f"{show(part.names[name])}: {show_shape(info.shape)}, expected {show_shape(shape)}")
             elif info.format not in LOADABLE:
                 unloadable.append(f"{show(part.names[name])} ({info.format})")
     unknown = [found for name, found in part.names.items() if name not in used]
@@ -154,18 +154,18 @@ def choose(checkpoint: Checkpoint, detection: Detection, role: str, variant: Col
 
 def refuse(checkpoint: Checkpoint, part: Part, found: Match) -> None:
     """Raises `BadModelFile` for the first kind of mismatch, with its count and five examples."""
+    another = "Get another version of this model"
     for names, problem, expected, advice in (
-            (found.missing, "tensors are missing", f"all {len(found.sources)} weights", "Download it again, or get another version"),
-            (found.misshapen, "tensors have the wrong shape", None, "Get another version of this model"),
-            (found.unloadable, "weights are stored in a type that cannot be loaded",
-             " or ".join(LOADABLE), "Get another version of this model"),
-            (found.unknown, "tensors are unknown inside a module that is loaded", None,
-             "The file may be of another family or precision; get another version")):
+            (tuple(map(show, found.missing)), "tensors are missing", f"all {len(found.sources)} weights",
+             f"Download it again. {another} if that does not help"),
+            (found.misshapen, "tensors have the wrong shape", None, another),
+            (found.unloadable, "weights are stored in a type that cannot be loaded", " or ".join(LOADABLE), another),
+            (tuple(map(show, found.unknown)), "tensors are unknown inside a module that is loaded", None,
+             f"The file may be of another family or precision. {another}")):
         if names:
-            examples = ", ".join(name if ":" in name or "(" in name else show(name) for name in names[:EXAMPLES])
             more = "" if len(names) <= EXAMPLES else ", ..."
             raise BadModelFile(checkpoint.path, f"{part.family}: {len(names)} {problem}", expected=expected,
-                               found=examples + more, advice=advice)
+                               found=", ".join(names[:EXAMPLES]) + more, advice=advice)
 
 
 def _check_finite(checkpoint: Checkpoint, part: Part, where: Source, weight: Tensor) -> None:

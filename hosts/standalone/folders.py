@@ -154,8 +154,8 @@ def check_name(name: str) -> tuple[str, ...]:
     problem = None
     if not name.strip() or not parts:
         problem = "is empty"
-    elif any(ord(char) < 32 or ord(char) == 127 for char in name):
-        problem = "holds control characters"
+    elif any(ord(char) < 32 or ord(char) == 127 or 0xD800 <= ord(char) <= 0xDFFF for char in name):
+        problem = "holds control characters or halves of characters"
     elif slashed.startswith("/") or ":" in name:
         problem = "is no name relative to the folder (leading slash or colon)"
     elif ".." in parts:
@@ -164,7 +164,7 @@ def check_name(name: str) -> tuple[str, ...]:
         problem = "holds the name of a device"
     elif any(part != part.rstrip(" .") for part in parts):
         problem = "has a part that ends in a space or dot"
-    elif len(slashed.encode("utf-8", "replace")) > 1024 or any(len(p.encode("utf-8", "replace")) > 240 for p in parts):
+    elif len(slashed.encode()) > 1024 or any(len(part.encode()) > 240 for part in parts):
         problem = "is too long"
     if problem is not None:
         raise BadInput(f"file name '{shown(name)}' {problem}")

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from family import DEV, Family, random_weights
-from safetensors.torch import save_file
-
 from flux_kit.cli import main
 from flux_kit.engine.models.flux import Flux
+from safetensors.torch import save_file
 
 
 def truncated(family: Family, path: Path) -> None:
@@ -26,7 +25,7 @@ def wrong_role(family: Family, path: Path) -> None:
 
 
 def wrong_shape(family: Family, path: Path) -> None:
-    save_file({**family.dev, "txt_in.weight": torch.zeros(128, 65).half()}, path)
+    save_file({**family.dev, "img_in.bias": torch.zeros(64).half()}, path)
 
 
 def missing_tensor(family: Family, path: Path) -> None:
@@ -51,7 +50,7 @@ def empty_file(family: Family, path: Path) -> None:
 
 
 @pytest.mark.parametrize(("make", "words"), [
-    (truncated, "m.safetensors"), (wrong_role, "autoencoder"), (wrong_shape, "txt_in.weight"),
+    (truncated, "m.safetensors"), (wrong_role, "autoencoder"), (wrong_shape, "img_in.bias"),
     (missing_tensor, "time_in.in_layer.weight"), (nan_in_a_norm, "query_norm"), (fill_model, "Fill"),
     (text_file, "m.safetensors"), (empty_file, "m.safetensors")])
 def test_a_bad_transformer_is_named(family: Family, tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -59,8 +58,7 @@ def test_a_bad_transformer_is_named(family: Family, tiny_models: Path, tmp_path:
                                     words: str) -> None:
     monkeypatch.chdir(tmp_path)
     make(family, tmp_path / "m.safetensors")
-    assert main(["generate", "x", "--model", "m.safetensors", "-o", "o.png", "--json", "--width", "32", "--height", "32",
-                 "--steps", "1"]) == 1
+    assert main(["generate", "x", "--model", "m.safetensors", "-o", "o.png", "--json", "--steps", "1"]) == 1
     out, err = capsys.readouterr()
     error = json.loads(out)["error"]
     assert "m.safetensors" in error["message"] and words in error["message"]

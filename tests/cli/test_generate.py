@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from family import Family
-from PIL import Image
-
 from flux_kit.cli import main
 from flux_kit.hosts.standalone.png import read_text
+from PIL import Image
 
 FAST = ["--steps", "2", "--width", "32", "--height", "48"]
 
@@ -141,7 +140,8 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
         assert (answer["code"], answer["error"]["type"]) == (2, "UsageError")
 
 
-def test_control_c_is_a_line_and_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_c_is_a_line_and_exit_code_1(monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
     from flux_kit.hosts.standalone.host import StandaloneHost
 
     def stopped(*_: object, **__: object) -> None:

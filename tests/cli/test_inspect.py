@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from family import Family
+from flux_kit.cli import main
 from safetensors.torch import save_file
 
-from flux_kit.cli import main
-
-KEYS = {"path", "role", "variant", "layout", "precision", "parameters", "bytes", "parts", "missing", "metadata", "problems"}
+KEYS = {"path", "role", "variant", "layout", "precision", "parameters", "bytes", "parts", "missing", "metadata",
+        "problems"}
 
 
 def inspect(capsys: pytest.CaptureFixture[str], *paths: Path) -> tuple[int, list[dict[str, Any]], str]:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-
 from flux_kit.cli import main
 from flux_kit.cli.parser import UsageError, build_parser
 

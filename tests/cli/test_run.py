@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flux_kit.cli import main
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-
-from flux_kit.cli import main
 
 GOOD: dict[str, Any] = {
     "1": {"class_type": "VAELoader", "inputs": {"vae_name": "ae.safetensors"}},
@@ -28,6 +27,11 @@ def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def changed(node: str, **inputs: Any) -> dict[str, Any]:
     return {**GOOD, node: {**GOOD[node], "inputs": {**GOOD[node]["inputs"], **inputs}}}
+
+
+def upscaler(source: str) -> dict[str, Any]:
+    return {"class_type": "LatentUpscaleBy", "inputs": {"samples": [source, 0], "upscale_method": "area",
+                                                        "scale_by": 1.0}}
 
 
 def run(capsys: pytest.CaptureFixture[str], models: Path, workflow: Any, *words: str) -> dict[str, Any]:
@@ -97,9 +101,7 @@ BAD_WORKFLOWS: dict[str, tuple[Any, str]] = {
     "a list": ("[1, 2]", "no workflow"),
     "200 deep": ("[" * 200 + "]" * 200, "nested"),
     "50,000 deep": ('{"a":' * 50_000, "nested"),
-    "cycle": ({**GOOD, "2": {"class_type": "LatentUpscaleBy", "inputs": {
-        "samples": ["5", 0], "upscale_method": "area", "scale_by": 1.0}}, "5": {"class_type": "LatentUpscaleBy", "inputs": {
-            "samples": ["2", 0], "upscale_method": "area", "scale_by": 1.0}}}, "cycle"),
+    "cycle": ({**GOOD, "2": upscaler("5"), "5": upscaler("2")}, "cycle"),
     "missing link": (changed("3", samples=["77", 0]), "77"),
     "no such output": (changed("3", samples=["2", 4]), "output 4"),
     "wrong type": (changed("3", samples=["1", 0]), "LATENT"),
@@ -120,7 +122,8 @@ BAD_WORKFLOWS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_WORKFLOWS)
-def test_bad_workflows_are_one_line_and_exit_code_1(models: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_bad_workflows_are_one_line_and_exit_code_1(models: Path, capsys: pytest.CaptureFixture[str],
+                                                    name: str) -> None:
     workflow, words = BAD_WORKFLOWS[name]
     answer = run(capsys, models, workflow)
     assert (answer["code"], answer["ok"]) == (1, False)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from family_fixtures import samples
-
 from flux_kit.engine.errors import BadInput, FluxKitError, MissingFile
 from flux_kit.hosts.standalone.host import StandaloneHost
 from flux_kit.hosts.standalone.io import WidgetInput
@@ -70,7 +69,7 @@ def test_nodes_are_short_and_do_no_arithmetic() -> None:
             if isinstance(node, ast.ClassDef):
                 assert (node.end_lineno or 0) - node.lineno < 40, f"{node.name} is longer than 40 lines"
             if isinstance(node, ast.Import | ast.ImportFrom):
-                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
                 assert not {name.split(".")[0] for name in names} & {"torch", "numpy", "comfy", "comfy_api"}
 
 
@@ -82,8 +81,8 @@ def test_an_older_host_is_not_given_keywords_it_lacks(host: StandaloneHost, monk
 
 
 def test_our_chain_gives_core_s_picture(run_prompt: Any) -> None:
-    core = {"model": ["load", 0], "positive": ["pos", 0], "negative": ["pos", 0], "latent_image": ["empty", 0], "seed": 7,
-            "steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    core = {"model": ["load", 0], "positive": ["pos", 0], "negative": ["pos", 0], "latent_image": ["empty", 0],
+            "seed": 7, "steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
     result = run_prompt({
         **LOAD, "ours": ("FluxKitSampler", SAMPLE), "core": ("KSampler", core),
         "d": ("FluxKitDecode", {"latent": ["ours", 0], "vae": ["load", 2]}),
@@ -113,8 +112,8 @@ def test_single_loaders_and_all_in_one_files_give_the_same_parts(run_prompt: Any
 def test_prompts_of_both_encoders_and_exact_length(run_prompt: Any) -> None:
     base = LOAD["pos"][1]
     result = run_prompt({**LOAD, "two": ("FluxKitEncodePrompt", {**base, "t5_prompt": "blue"}),
-                         "t5": ("FluxKitEncodePrompt", {**base, "prompt": "blue", "t5_length": "128", "guidance": 2.0})},
-                        "pos two t5")
+                         "t5": ("FluxKitEncodePrompt", {**base, "prompt": "blue", "t5_length": "128",
+                                                        "guidance": 2.0})}, "pos two t5")
     (one, v1), (two, v2), (three, v3) = (result.outputs[name][0][0][0] for name in ("pos", "two", "t5"))
     assert torch.equal(v1["pooled_output"], v2["pooled_output"]) and not torch.equal(one, two)
     assert three.shape == (1, 128, 64) and two.shape == (1, 256, 64)
@@ -168,7 +167,8 @@ def test_bad_sizes_are_refused_before_the_run(run_prompt: Any, changes: dict[str
 
 
 def test_a_linked_size_is_checked_when_it_arrives(run_prompt: Any) -> None:
-    nodes = {"w": ("PrimitiveInt", {"value": 1000}), "e": ("FluxKitEmptyLatent", {**LOAD["empty"][1], "width": ["w", 0]})}
+    linked = {**LOAD["empty"][1], "width": ["w", 0]}
+    nodes = {"w": ("PrimitiveInt", {"value": 1000}), "e": ("FluxKitEmptyLatent", linked)}
     with pytest.raises(BadInput, match="992 and 1008"):
         run_prompt(nodes, "e")
     nodes["w"] = ("PrimitiveInt", {"value": 64})

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from flux_kit.engine.errors import BadInput
 from hypothesis import given
 from hypothesis import strategies as st
-
-from flux_kit.engine.errors import BadInput
 
 
 @pytest.fixture

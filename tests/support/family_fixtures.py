@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from family import Family
-
 from flux_kit import hosts
 from flux_kit.cli import session
 from flux_kit.hosts.standalone.executor import Executor, Result
@@ -42,7 +41,7 @@ def tiny_files(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def tiny_models(tiny_files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The miniature family in the place of the built-in one: random weights do for everything but what pictures show."""
+    """The miniature family in the place of the built-in one, for tests that do not ask what pictures show."""
     monkeypatch.setattr(session, "TINY_MODELS", tiny_files)
     return tiny_files
 

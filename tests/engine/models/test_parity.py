@@ -97,17 +97,18 @@ def test_text_ids_count() -> None:
     assert flux_error(SMALL_FLUX, state, inputs) <= TOLERANCE
 
 
+@pytest.fixture(scope="class")  # 2 GB, given back before the next model comes
+def full_width() -> Iterator[State]:
+    yield random_state(on_meta(Flux, replace(FLUX_DEV, depth=1, depth_single_blocks=1)))
+
+
 class TestFullWidthTransformer:
-    @pytest.fixture(scope="class")  # 2 GB, given back before the next model comes
-    def state(self) -> Iterator[State]:
-        yield random_state(on_meta(Flux, replace(FLUX_DEV, depth=1, depth_single_blocks=1)))
-
-    def test_one_block_of_each_kind(self, state: State) -> None:
+    def test_one_block_of_each_kind(self, full_width: State) -> None:
         spec = replace(FLUX_DEV, depth=1, depth_single_blocks=1)
-        assert flux_error(spec, state, flux_inputs(spec, 1, (16, 16), 64)) <= TOLERANCE
+        assert flux_error(spec, full_width, flux_inputs(spec, 1, (16, 16), 64)) <= TOLERANCE
 
-    def test_published_depth(self, state: State) -> None:
-        state = tied(tied(state, "double_blocks", 19), "single_blocks", 38)
+    def test_published_depth(self, full_width: State) -> None:
+        state = tied(tied(full_width, "double_blocks", 19), "single_blocks", 38)
         assert flux_error(FLUX_DEV, state, flux_inputs(FLUX_DEV, 1, (8, 8), 32)) <= TOLERANCE
 
 

@@ -143,6 +143,9 @@ REFUSED: dict[str, tuple[str | bytes, bytes, str]] = {
     "shape with a leading zero": ('{"a": ' + entry(shape="[01]") + "}", b"\x00", "a"),
     "shape with a hole": ('{"a": ' + entry(shape="[1,,1]") + "}", b"\x00", "a"),
     "shape with two numbers run together": ('{"a": ' + entry(shape="[1 1]") + "}", b"\x00", "a"),
+    "hostile name": ('{"\\n\\u001b' + "x" * 3000 + '": ' + entry(shape="[01]") + "}", b"\x00", "shape"),
+    "hostile name, fields in another order": (
+        '{"\\n\\u001b' + "x" * 3000 + '": {"shape": [2], "dtype": "U8", "data_offsets": [0, 1]}}', b"\x00", "span"),
     "shape overflows": ('{"a": ' + entry(shape="[4294967296, 4294967296, 4294967296]") + "}", b"\x00", "shape"),
     "shape overflows to the right size": ('{"a": ' + entry(shape="[2, 9223372036854775808]", offsets="[0, 0]") + "}",
                                           b"", "shape"),

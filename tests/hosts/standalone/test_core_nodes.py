@@ -34,8 +34,8 @@ CORE = {
     "EmptyLatentImage": "width height batch_size -> LATENT",
     "EmptySD3LatentImage": "width height batch_size -> LATENT",
     "KSampler": "*model seed steps cfg sampler_name scheduler *positive *negative *latent_image denoise -> LATENT",
-    "KSamplerAdvanced": "*model add_noise noise_seed steps cfg sampler_name scheduler *positive *negative *latent_image "
-                        "start_at_step end_at_step return_with_leftover_noise -> LATENT",
+    "KSamplerAdvanced": "*model add_noise noise_seed steps cfg sampler_name scheduler *positive *negative "
+                        "*latent_image start_at_step end_at_step return_with_leftover_noise -> LATENT",
     "KSamplerSelect": "sampler_name -> SAMPLER",
     "BasicScheduler": "*model scheduler steps denoise -> SIGMAS",
     "BasicGuider": "*model *conditioning -> GUIDER",
@@ -82,7 +82,8 @@ def test_sockets_and_widget_order_are_core_s(host: StandaloneHost) -> None:
 def test_seeds_have_the_control_widget_that_shifts_saved_values(host: StandaloneHost) -> None:
     controlled = {f"{schema.node_id}.{spec.id}" for schema in (node.GET_SCHEMA() for node in CORE_NODES)
                   for spec in schema.inputs if getattr(spec, "control_after_generate", None)}
-    assert controlled == {"KSampler.seed", "KSamplerAdvanced.noise_seed", "RandomNoise.noise_seed", "PrimitiveInt.value"}
+    assert controlled == {"KSampler.seed", "KSamplerAdvanced.noise_seed", "RandomNoise.noise_seed",
+                          "PrimitiveInt.value"}
 
 
 def test_ksampler_equals_the_five_custom_nodes(run_prompt: Any) -> None:
@@ -101,7 +102,8 @@ def test_ksampler_equals_the_five_custom_nodes(run_prompt: Any) -> None:
 
 def test_two_halves_of_ksampler_advanced_make_the_whole(run_prompt: Any) -> None:
     common = {key: value for key, value in KSAMPLER.items() if key not in ("seed", "denoise")} | {"noise_seed": 7}
-    first = {**common, "add_noise": "enable", "start_at_step": 0, "end_at_step": 2, "return_with_leftover_noise": "enable"}
+    first = {**common, "add_noise": "enable", "start_at_step": 0, "end_at_step": 2,
+             "return_with_leftover_noise": "enable"}
     second = {**common, "add_noise": "disable", "start_at_step": 2, "end_at_step": 10000,
               "return_with_leftover_noise": "disable", "latent_image": ["a", 0]}
     result = run_prompt({**LOAD, "k": ("KSampler", KSAMPLER), "a": ("KSamplerAdvanced", first),
@@ -322,7 +324,8 @@ def test_a_file_of_another_role_is_named(host: StandaloneHost, models: Path) -> 
 
 
 def test_file_names_may_differ_in_slashes_case_and_folder(run_prompt: Any, caplog: pytest.LogCaptureFixture) -> None:
-    result = run_prompt({"m": ("UNETLoader", {"unet_name": "FLUX\\Flux1-Dev.safetensors", "weight_dtype": "default"})}, "m")
+    name = "FLUX\\Flux1-Dev.safetensors"
+    result = run_prompt({"m": ("UNETLoader", {"unet_name": name, "weight_dtype": "default"})}, "m")
     assert result.outputs["m"][0][0].path.name == "flux1-dev.safetensors"
     assert "flux1-dev.safetensors" in caplog.text
 

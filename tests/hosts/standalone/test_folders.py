@@ -200,7 +200,7 @@ HOSTILE = ["../x.png", "a/../../x.png", "..", "/etc/passwd", "//server/share/x",
            "..\\x.png",
            "C:\\x.png", "C:x.png", "c:/x.png", "x.png:stream", "file:///etc/passwd", "a\0.png", "a\n.png", "", " ", ".",
            "./", "CON", "nul.png", "a/LPT1.txt", "com¹.png", "aux .png", "conin$", "a./x.png", "a /x.png", "x.png.",
-           "x.png ", "~/../x", "a" * 300, "a/" * 600 + "x", "\x7f.png", "/", "\\", "é" * 200]
+           "x.png ", "\ud800.png", "~/../x", "a" * 300, "a/" * 600 + "x", "\x7f.png", "/", "\\", "é" * 200]
 
 
 @pytest.mark.parametrize("name", HOSTILE)

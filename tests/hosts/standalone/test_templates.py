@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,12 @@ import numpy as np
 import pytest
 import torch
 from family import Family
-from PIL import Image
-
 from flux_kit.cli import main
 from flux_kit.engine.sampling import Denoiser, make_sigmas, process_out, table_for
 from flux_kit.engine.text import TextEncoders, find_tokenizer
 from flux_kit.engine.weights import load
 from flux_kit.hosts.standalone.png import read_text
+from PIL import Image
 
 TEMPLATES = Path(comfyui_workflow_templates_json.__file__).parent / "templates"
 NAMES = {"dev": "flux1-dev.safetensors", "schnell": "flux1-schnell.safetensors", "t5": "t5xxl_fp16.safetensors",
@@ -63,7 +63,7 @@ def expected(folder: Path, transformer: str, prompt: dict[str, Any], sampler: st
     x = torch.randn((1, 16, size[1] // 8, size[0] // 8), generator=generator)
     sigmas = make_sigmas("simple", int(inputs["steps"]), table=table_for(flux.spec)).tolist()
     with torch.no_grad():
-        for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for sigma, following in pairwise(sigmas):
             denoised = denoiser(x, torch.tensor([sigma]))
             x = x + (x - denoised) / sigma * (following - sigma)
         pixels = load(files["vae"], "vae").decode(process_out(x))

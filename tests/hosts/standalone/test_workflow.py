@@ -133,8 +133,7 @@ def test_dynamic_prompts():
     seen = {dynamic_prompt("{a|{b|c}d|}", random.Random(seed)) for seed in range(50)}
     assert seen == {"a", "bd", "cd", ""}
     assert dynamic_prompt("} | {open", random.Random(0)) == "} | open"
-    text = convert_(Sketch().node(1, "Prompt", values=["x {y}"]))["1"]["text"]
-    assert text == "x y"
+    assert convert_(Sketch().node(1, "Prompt", values=["x {y}"]))["1"]["text"] == "x y"
 
 
 @given(st.text(alphabet="/*a\n{", max_size=40))
@@ -163,8 +162,7 @@ def test_plain_workflow_with_titles():
         "2": {"class_type": "SaveImage", "inputs": {"filename_prefix": "out", "images": ["1", 0]},
               "_meta": {"title": "Keep it"}}}
     assert nodes_called(prompt, "Keep it") == ["2"]
-    assert nodes_called(prompt, "1") == ["1"]
-    assert nodes_called(prompt, "none") == []
+    assert (nodes_called(prompt, "1"), nodes_called(prompt, "none")) == (["1"], [])
 
 
 def test_links_as_objects_and_ids_as_text():

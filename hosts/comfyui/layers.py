@@ -1,0 +1,137 @@
+"""ComfyUI's layers and kernels in the shape of the engine's `ops` (`engine.models.ops.Ops`).
+
+Layers bring their weights to the device of what they compute, apply what the host hangs on them (LoRA, wrappers) and
+are found by its memory management: all of that goes by attributes of `comfy.ops` classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import comfy.ldm.flux.layers
+import comfy.ldm.flux.math
+import comfy.model_management
+import comfy.ops
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...engine.models.attention import attention as plain_attention
+from ...engine.models.ops import Ops
+
+NORM_EPS = 1e-6  # of hosts whose own norm for q and k does not tell; BFL's
+COMPUTE_TEXT_IN = torch.float32  # as newer hosts do; the weights stay as they are stored
+
+
+class Linear(comfy.ops.manual_cast.Linear):  # type: ignore[misc]
+    """Has its weights from the start: hosts that leave them out until a checkpoint comes look for this override."""
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        nn.Module._load_from_state_dict(self, *arguments)
+
+
+class Embedding(comfy.ops.manual_cast.Embedding):  # type: ignore[misc]
+    """Rows in the dtype that text encoders compute in, which all layers behind it then follow."""
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        nn.Module._load_from_state_dict(self, *arguments)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows: Tensor = super().forward(ids, out_dtype=COMPUTE_TEXT_IN)
+        return rows.to(COMPUTE_TEXT_IN)
+
+
+class WeightNorm(comfy.ops.manual_cast.RMSNorm):  # type: ignore[misc]
+    """RMSNorm with a parameter `weight`."""
+
+    def __init__(self, dim: int, eps: float | None, name: str = "weight") -> None:
+        if name != "weight":
+            raise ValueError(f"the parameter of this norm is 'weight', not {name!r}")
+        super().__init__(dim, eps=eps)
+
+
+class ScaleNorm(nn.Module):
+    """RMSNorm with a parameter `scale`, not offloaded on its own: hosts of this spelling move only `weight`s."""
+
+    def __init__(self, dim: int, eps: float | None) -> None:
+        super().__init__()
+        self.eps = eps
+        self.scale = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = comfy.model_management.cast_to(self.scale, dtype=x.dtype, device=x.device)
+        return F.rms_norm(x, scale.shape, scale, self.eps)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """An `ops` namespace."""
+
+    RMSNorm: Any
+    attention: Callable[..., Tensor]
+    Linear: Any = Linear
+    Embedding: Any = Embedding
+    Conv2d: Any = comfy.ops.manual_cast.Conv2d
+    LayerNorm: Any = comfy.ops.manual_cast.LayerNorm
+    GroupNorm: Any = comfy.ops.manual_cast.GroupNorm
+
+
+@cache
+def flux_layers() -> Ops:
+    """For the transformer: the host's attention with its RoPE inside, and norms of q and k as its own Flux has them,
+    whose parameter name LoRA files for this host are written for and whose epsilon shows in the last bits."""
+    probe = comfy.ldm.flux.layers.QKNorm(8, dtype=torch.float32, device="meta",
+                                         operations=comfy.ops.manual_cast).query_norm
+    (name, _), = probe.named_parameters()
+    host_eps = getattr(probe, "eps", NORM_EPS)
+    kind = WeightNorm if name == "weight" else ScaleNorm
+
+    def norm(dim: int, eps: float) -> nn.Module:
+        return kind(dim, host_eps)
+
+    return Layers(RMSNorm=norm, attention=host_attention)
+
+
+@cache
+def plain_layers() -> Ops:
+    """For text encoders and autoencoder: the host's layers with torch's own attention. Faster kernels that users
+    choose for the transformer refuse masks, wide heads, or lose digits that matter here."""
+    return Layers(RMSNorm=WeightNorm, attention=plain_attention)
+
+
+def host_attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor | None = None, mask: Tensor | None = None,
+                   options: dict[str, Any] | None = None) -> Tensor:
+    """`engine.models.attention.attention` by the host's kernel, with patches that other nodes put before and after."""
+    options = {} if options is None else options
+    patches = options.get("patches", {})
+    for patch in patches.get("attn1_patch", ()):
+        out = patch(q, k, v, pe=pe, attn_mask=mask, extra_options=options.copy())
+        q, k, v, pe, mask = (out.get(name, value) for name, value in (
+            ("q", q), ("k", k), ("v", v), ("pe", pe), ("attn_mask", mask)))
+    attended: Tensor = comfy.ldm.flux.math.attention(q, k, v, pe=pe, mask=mask, transformer_options=options)
+    for patch in patches.get("attn1_output_patch", ()):
+        attended = patch(attended, options.copy())
+    return attended
+
+
+def adopt(source: nn.Module, target: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Moves the weights of an engine model into the same model built of the host's layers, on the meta device so far.
+
+    Names may differ where the host calls a parameter otherwise; order and shapes may not. `dtype` None keeps each.
+    Tensors that are views of a mapped file are copied: the host moves weights about and writes to them, which faults
+    on mapped memory on some systems.
+    """
+    weights, names = source.state_dict(), list(target.state_dict())
+    shapes = [tensor.shape for tensor in target.state_dict().values()]
+    if [tensor.shape for tensor in weights.values()] != shapes:
+        raise ValueError(f"{type(source).__name__} and {type(target).__name__} do not hold the same weights")
+    ready = {}
+    for name, tensor in zip(names, weights.values(), strict=True):
+        value = tensor if dtype is None else tensor.to(dtype)
+        ready[name] = value if value.untyped_storage().resizable() else value.clone()
+    target.load_state_dict(ready, strict=True, assign=True)
+    target.requires_grad_(False)
+    target.eval()
