@@ -85,6 +85,8 @@ def _add_machine(command: argparse.ArgumentParser) -> None:
                               "else fp16, and fp32 on a CPU)")
     command.add_argument("--memory", choices=MEMORY, default="auto",
                          help="where weights live while a model runs (default: auto)")
+    command.add_argument("--preview", metavar="FILE", type=Path,
+                         help="a .png to hold a small picture of every step, while it runs")
 
 
 def _add_generate(commands: argparse._SubParsersAction[Parser]) -> None:

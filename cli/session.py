@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..hosts.standalone.folders import Folders
 from ..hosts.standalone.host import StandaloneHost
 from ..hosts.standalone.validation import Nodes
 from . import report
+from .parser import UsageError
 
 TINY_MODELS = Path(__file__).parent.parent / "tiny_flux" / "models"
 TINY_FLUX = {"transformer": "diffusion_models/tiny-flux-dev.safetensors", "t5": "text_encoders/tiny-t5.safetensors",
@@ -49,9 +51,12 @@ def open_host(options: argparse.Namespace, *, out: Path, inputs: Sequence[Path] 
     """The standalone host of these options, made the current one."""
     _show_warnings()
     check_writable(out)
+    if options.preview is not None:
+        check_preview(options.preview)
     folders = open_folders(options.models, inputs=inputs, out=out)
     host = StandaloneHost(folders, device=options.device, dtype=options.dtype, memory=options.memory,
-                          progress_bar=progress_bar, save_to=save_to)
+                          progress_bar=partial(progress_bar, preview_file=options.preview), save_to=save_to,
+                          previews=options.preview is not None)
     hosts.use(host)
     return host
 
@@ -84,12 +89,22 @@ def executor(host: StandaloneHost, nodes: Nodes) -> Executor:
     return Executor(nodes, check_interrupt=host.check_interrupt)
 
 
-def progress_bar(total: int) -> Progress:
-    """A bar of sampling steps on stderr; silent where stderr is no terminal."""
+def check_preview(file: Path) -> None:
+    if file.suffix.lower() != ".png":
+        raise UsageError(f"--preview {file}: previews are PNG files; give a name that ends in .png")
+    check_writable(file.parent)
+
+
+def progress_bar(total: int, preview_file: Path | None = None) -> Progress:
+    """A bar of sampling steps on stderr, silent where stderr is no terminal, and the preview of each step."""
     bar = tqdm(total=total, desc="steps", leave=False, disable=None, file=sys.stderr)
 
     def report_step(value: int, preview: Any = None) -> None:
         bar.update(value - bar.n)
+        if preview is not None and preview_file is not None:
+            part = preview_file.with_suffix(".part")
+            preview.resize((preview.width * 4, preview.height * 4)).save(part, "PNG")
+            part.replace(preview_file)  # a viewer never sees half a picture
         if value >= total:
             bar.close()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..engine.errors import FluxKitError, MissingFile
-from ..hosts import current
+from ..hosts import Host, current
 
 if TYPE_CHECKING:
     from ..hosts.standalone import io as _io
@@ -40,8 +40,8 @@ FROM_MODEL = "from the model file"
 NO_FILES = {FROM_MODEL}  # choices of file widgets that name no file
 
 
-def host() -> Any:
-    """The host in use (`hosts.Host`)."""
+def host() -> Host:
+    """The host in use."""
     return current()
 
 

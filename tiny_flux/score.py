@@ -31,7 +31,7 @@ from .scenes import HELD_OUT_SCENES, PALETTE, PLACES, SHAPES, SPANS, Scene, capt
 
 FLAT_TOLERANCE = 20          # levels: how far a flat colour may be from its palette entry
 NAMES = tuple(PALETTE)
-COLORS = np.array([PALETTE[name] for name in NAMES], dtype=np.float64)
+COLORS = np.array([PALETTE[name] for name in NAMES], dtype=np.int16)
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,9 @@ class Reading:
 def read_picture(picture: NDArray[np.uint8]) -> Reading:
     """Judge a picture `(H, W, 3)` uint8."""
     height, width = picture.shape[:2]
-    distance = np.abs(picture[:, :, None, :].astype(np.float64) - COLORS).max(axis=-1)
-    nearest = distance.argmin(axis=-1)  # (H, W)
+    levels = picture.astype(np.int16)
+    distance = np.stack([np.abs(levels - color).max(axis=-1) for color in COLORS])  # (colours, H, W)
+    nearest = distance.argmin(axis=0)
     ring = max(2, min(width, height) // 32)
     border = np.concatenate([nearest[:ring].ravel(), nearest[-ring:].ravel(),
                              nearest[:, :ring].ravel(), nearest[:, -ring:].ravel()])

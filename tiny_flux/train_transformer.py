@@ -51,8 +51,8 @@ class Recipe:
 
 
 RECIPES = {
-    "dev": Recipe(DEV, steps=6500, batch=64, rate=1.5e-3, sizes_from=0.3, text_until=0.45),
-    "schnell": Recipe(SCHNELL, steps=3000, batch=64, rate=6e-4, sizes_from=0.0, text_until=0.0),
+    "dev": Recipe(DEV, steps=9000, batch=32, rate=2e-3, sizes_from=0.35, text_until=0.55),
+    "schnell": Recipe(SCHNELL, steps=2500, batch=32, rate=1e-3, sizes_from=0.0, text_until=0.0),
 }
 SCHNELL_TIMES = (1.0, 0.75, 0.5, 0.25)
 
@@ -107,12 +107,25 @@ def init_transformer(flux: Flux) -> None:
 
 
 def draw_times(count: int, spec: FluxSpec) -> Tensor:
-    """dev: logit-normal; schnell: mostly its four times."""
-    t = torch.sigmoid(0.4 + 1.1 * torch.randn(count))
+    """dev: mostly near pure noise, where the layout is decided and the prompt is all there is to go by (with
+    logit-normal times, 5 % of them above 0.9, layouts came out wrong after 1,700 steps); schnell: mostly its four."""
+    pick, u = torch.rand(count), torch.rand(count)
+    t = torch.where(pick < 0.1, 1.0, torch.where(pick < 0.4, 0.85 + 0.15 * u,
+                                                 torch.where(pick < 0.8, 0.5 + 0.35 * u, 0.5 * u)))
     if spec.guidance_embed:
-        return torch.where(torch.rand(count) < 0.03, torch.ones(count), t)
+        return t
     four = torch.tensor(SCHNELL_TIMES)[torch.randint(0, 4, (count,))]
     return torch.where(torch.rand(count) < 0.8, four, t)
+
+
+def make_optimizers(family: Family, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon (kellerjordan.github.io/posts/muon) for the matrices inside blocks, AdamW for the rest: after 400 steps the
+    error at pure noise was 0.12 against 0.18 with AdamW alone."""
+    inner = {name: p for name, p in family.named_parameters()
+             if p.ndim == 2 and ("block" in name or "layers." in name) and "relative" not in name}
+    rest = [p for name, p in family.named_parameters() if name not in inner]
+    return [torch.optim.Muon(inner.values(), lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=0.75 * rate, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def step_loss(family: Family, data: SceneLatents, recipe: Recipe, progress: float, rng: random.Random) -> Tensor:
@@ -154,8 +167,8 @@ def train(recipe: Recipe, run: Path, autoencoder: Autoencoder, start_from: dict[
     if start_from is not None:
         family.load_state_dict({k: v for k, v in start_from.items() if k in family.state_dict()})
     average = {name: value.detach().clone() for name, value in family.state_dict().items()}
-    trained = list(family.parameters())
-    optimizer = torch.optim.AdamW(trained, lr=recipe.rate, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizers = make_optimizers(family, recipe.rate)
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     if compiled:
         for block in (*family.flux.double_blocks, *family.flux.single_blocks):
             block.compile(dynamic=True)
@@ -163,21 +176,23 @@ def train(recipe: Recipe, run: Path, autoencoder: Autoencoder, start_from: dict[
     if state_file.exists():
         saved = torch.load(state_file, weights_only=True)
         family.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         average, begin = saved["average"], saved["step"]
     data, rng, began = SceneLatents(autoencoder, seed + begin), random.Random(seed + begin), time.time()
     running = 0.0
     for step in range(begin, recipe.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.rate * _cycle(step / recipe.steps)
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * _cycle(step / recipe.steps)
         if step >= recipe.text_until * recipe.steps and family.t5.shared.weight.requires_grad:
             family.rest_text(average)
         with torch.autocast("cpu", torch.bfloat16):  # half the time of fp32 on CPUs that have it; weights stay fp32
             loss = step_loss(family, data, recipe, step / recipe.steps, rng)
-        optimizer.zero_grad()
+        family.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
+        torch.nn.utils.clip_grad_norm_(family.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
         decay = min(EMA, (step + 1) / (step + 20))
         with torch.no_grad():
             for name, value in family.state_dict().items():
@@ -187,7 +202,7 @@ def train(recipe: Recipe, run: Path, autoencoder: Autoencoder, start_from: dict[
             log.info("step %d loss %.4f (%.0f s)", step + 1, running / 100, time.time() - began)
             running = 0.0
         if (step + 1) % 500 == 0 or step + 1 == recipe.steps:
-            _save(run, family, optimizer, average, step + 1)
+            _save(run, family, optimizers, average, step + 1)
             kept = {k: v.clone() for k, v in family.state_dict().items()}
             family.load_state_dict(average)
             steps = 20 if recipe.spec.guidance_embed else 4
@@ -201,11 +216,11 @@ def _cycle(progress: float) -> float:
     return 0.005 + 0.995 * 0.5 * (1 + math.cos(math.pi * (progress - 0.04) / 0.96))
 
 
-def _save(run: Path, family: Family, optimizer: torch.optim.Optimizer, average: dict[str, Tensor],
+def _save(run: Path, family: Family, optimizers: list[torch.optim.Optimizer], average: dict[str, Tensor],
           step: int) -> None:
     part = run / "state.part"
-    torch.save({"model": family.state_dict(), "optimizer": optimizer.state_dict(), "average": average,
-                "step": step}, part)
+    torch.save({"model": family.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "average": average, "step": step}, part)
     part.replace(run / "state.pt")
     save_file({k: v.contiguous() for k, v in average.items()}, run / "average.safetensors")
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ...engine import sampling
@@ -83,7 +84,8 @@ class StandaloneHost:
     name = "standalone"
 
     def __init__(self, folders: Folders, *, device: str = "auto", dtype: str = "auto", memory: str = "auto",
-                 progress_bar: ProgressBar | None = None, save_to: Callable[[int], Path] | None = None) -> None:
+                 progress_bar: ProgressBar | None = None, save_to: Callable[[int], Path] | None = None,
+                 previews: bool = False) -> None:
         if memory == "stream":
             raise BadInput("memory 'stream' is not in this version; choose auto, full or cpu")
         self.folders = folders
@@ -93,6 +95,8 @@ class StandaloneHost:
         self.saved: list[Path] = []
         self._save_to = save_to
         self._progress_bar = progress_bar
+        self._previews = previews
+        self._preview_factors: tuple[nn.Module, tuple[Tensor, Tensor]] | None = None
         self._interrupt = threading.Event()
         self._named: dict[tuple[str, str], Path] = {}
         self._loaded: WeakValueDictionary[tuple[Any, ...], nn.Module] = WeakValueDictionary()
@@ -244,7 +248,7 @@ class StandaloneHost:
 
         def on_step(step: int, total: int, denoised: Tensor, x: Tensor) -> None:
             last[:] = [denoised]
-            report(step + 1)
+            report(step + 1, self._preview(denoised) if self._previews else None)
 
         samples = sampling.sample(
             denoiser, checked_samples(latent), sigmas, noise=noise.draw(latent), add_noise=noise.seed is not None,
@@ -252,6 +256,24 @@ class StandaloneHost:
         done = {**latent, "samples": samples}
         clean = {**latent, "samples": process_out(last[0].float()).to(samples.device)} if last else done
         return Sampled(done, clean)
+
+    @torch.no_grad()
+    def _preview(self, denoised: Tensor) -> Image.Image:
+        """A picture of an eighth of the size from model latents, in the colours of the autoencoder loaded last.
+
+        The map from latents to colours is fitted to that autoencoder's own answer to noise, once; with none loaded the
+        colours are false.
+        """
+        autoencoders = [module for module in self._loaded.values() if isinstance(module, Autoencoder)]
+        if autoencoders and (self._preview_factors is None or self._preview_factors[0] is not autoencoders[-1]):
+            autoencoder = autoencoders[-1]
+            weights = next(autoencoder.parameters())
+            probe = torch.randn((8, FLUX_AE.z_channels, 8, 8), generator=torch.Generator().manual_seed(0))
+            probe = torch.nn.functional.interpolate(probe[..., :2, :2], size=(8, 8))  # flat areas, as pictures have
+            pictures = autoencoder.decode(process_out(probe).to(weights.device, weights.dtype))
+            self._preview_factors = autoencoder, sampling.fit_preview_factors(probe, pictures)
+        factors = self._preview_factors[1] if self._preview_factors else None
+        return Image.fromarray(sampling.latent_preview(denoised, factors).numpy())
 
     @torch.no_grad()
     def decode(self, vae: Vae, latent: Latent, *, tile_size: int | None = None) -> Tensor:

@@ -1,0 +1,101 @@
+"""ComfyUI's model folders as ours: the same lists of folders, with `.gguf` in our nodes only."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from pathlib import Path
+
+import folder_paths
+
+from ...engine.errors import BadInput, MissingFile
+
+log = logging.getLogger(__name__)
+
+KINDS = ("diffusion_models", "text_encoders", "vae", "loras", "clip_vision", "style_models", "checkpoints")
+LISTED = (".safetensors", ".sft", ".gguf")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+TINY_MODELS = Path(__file__).parents[2] / "tiny_flux" / "models"
+
+
+def register() -> None:
+    """Adds tiny-flux's folders to the host's, and a kind `flux_kit_<kind>` of our own for each kind.
+
+    Ours holds the host's very list of folders, so folders added later and extra_model_paths.yaml count, but a set of
+    endings of its own: the host's kinds share one set, and `.gguf` in it would offer core's loaders what they cannot
+    read.
+    """
+    names = folder_paths.folder_names_and_paths
+    for kind in KINDS:
+        if kind not in names:
+            continue
+        folders, endings = names[kind]
+        names[key_of(kind)] = (folders, {*endings, ".gguf"})
+        if (TINY_MODELS / kind).is_dir():
+            folder_paths.add_model_folder_path(kind, str(TINY_MODELS / kind))
+
+
+def key_of(kind: str) -> str:
+    return f"flux_kit_{kind}"
+
+
+def roots(kind: str) -> list[Path]:
+    """The folders of a kind, those that win first."""
+    return [Path(folder) for folder in folder_paths.get_folder_paths(key_of(kind))]
+
+
+def list_files(kind: str) -> list[str]:
+    """Names relative to the folders of a kind, slashes forward, sorted; from the host's cached listing."""
+    if kind == "input":
+        found = os.scandir(folder_paths.get_input_directory())
+        return sorted(entry.name for entry in found if entry.name.lower().endswith(PICTURES) and entry.is_file())
+    names = folder_paths.get_filename_list(key_of(kind))
+    return sorted(name.replace("\\", "/") for name in names if name.lower().endswith(LISTED))
+
+
+def resolve_file(kind: str, name: str) -> Path:
+    """The file a workflow means: exact, else the only one of that base name. MissingFile names near matches."""
+    if kind == "input":
+        return picture(name)
+    listed = list_files(kind)
+    slashed = name.replace("\\", "/")
+    if slashed in listed:
+        return path_of(kind, slashed)
+    base = slashed.rpartition("/")[2].casefold()
+    same = [known for known in listed if known.rpartition("/")[2].casefold() == base]
+    if len(same) == 1:
+        log.warning("%s: '%s' is not there under that name; took '%s'", kind, name, same[0])
+        return path_of(kind, same[0])
+    raise MissingFile(not_found(kind, name, same, listed), file=name)
+
+
+def path_of(kind: str, name: str) -> Path:
+    path = folder_paths.get_full_path(key_of(kind), name)
+    if path is None:
+        raise MissingFile(f"{kind}: '{name}' was there a moment ago and is gone", file=name)
+    return Path(path)
+
+
+def not_found(kind: str, name: str, same: list[str], listed: list[str]) -> str:
+    if same:
+        return (f"{kind}: '{name}' is not there under that name, and several files could be meant: "
+                f"{', '.join(same[:8])}. Choose one of them")
+    bases = {known.rpartition("/")[2]: known for known in listed}
+    wanted = name.replace("\\", "/").rpartition("/")[2][:255]
+    near = [bases[match] for match in difflib.get_close_matches(wanted, list(bases), n=3, cutoff=0.5)]
+    hint = f"near: {', '.join(near)}" if near else f"{len(listed)} files are there"
+    places = " or ".join(map(str, roots(kind)[:2]))
+    return f"{kind}: '{name}' is in none of the folders ({hint}). Put it into {places}"
+
+
+def picture(name: str) -> Path:
+    """A picture of the input folder, or of the one its name is annotated with (`name [output]`)."""
+    plain, place = folder_paths.annotated_filepath(name)
+    root = Path(os.path.realpath(place or folder_paths.get_input_directory()))
+    path = Path(os.path.realpath(root / plain))
+    if not path.is_relative_to(root):
+        raise BadInput(f"picture '{name}' leaves its folder")
+    if not path.is_file():
+        raise MissingFile(f"picture '{name}' is not in {root}", file=name)
+    return path

@@ -1,0 +1,187 @@
+"""The port of `hosts` on ComfyUI."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import comfy.cli_args
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.latest import ComfyExtension
+from comfy_api.latest import io as _io
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from ...engine.errors import BadInput, NotFinite
+from ...engine.models.autoencoder import Autoencoder
+from ...engine.models.flux import Flux
+from ...engine.specs import FLUX_AE
+from ...engine.text import TextEncoders
+from .. import Conditioning, Latent, Metadata, Progress
+from . import folders, objects, sampling, text
+
+SUPPORTED = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def extension(nodes: Sequence[type[Any]]) -> Any:
+    """What `comfy_entrypoint` returns for these node classes."""
+    class FluxKitExtension(ComfyExtension):  # type: ignore[misc]
+        async def get_node_list(self) -> list[type[Any]]:
+            return list(nodes)
+
+    return FluxKitExtension()
+
+
+class ComfyHost:
+    """MODEL, CLIP and VAE are the host's own classes, and any that hold FLUX.1 are taken, whoever loaded them.
+
+    Where the port says Interrupted, the host's own exception is raised, which is how its server knows.
+    """
+
+    name = "comfyui"
+    memory = "auto"
+    io = _io
+
+    def __init__(self) -> None:
+        folders.register()
+
+    # -- files
+    def list_files(self, kind: str) -> list[str]:
+        return folders.list_files(kind)
+
+    def resolve_file(self, kind: str, name: str) -> Path:
+        return folders.resolve_file(kind, name)
+
+    # -- objects
+    def load_model(self, path: Path) -> Any:
+        return objects.load_patcher(str(path))
+
+    def load_text_encoders(self, paths: Sequence[Path]) -> Any:
+        return text.load_clip(paths, folders.roots("text_encoders"))
+
+    def load_vae(self, path: Path) -> Any:
+        return objects.load_vae(str(path))
+
+    def wrap_model(self, flux: Flux, path: str | Path) -> Any:
+        return objects.model_patcher(flux, path)
+
+    def wrap_clip(self, text_encoders: TextEncoders, path: str | Path) -> Any:
+        return text.make_clip(text_encoders, [str(path)])
+
+    def wrap_vae(self, autoencoder: Autoencoder, path: str | Path) -> Any:
+        return objects.make_vae(autoencoder, path)
+
+    # -- work
+    def encode_prompt(self, clip: Any, clip_text: str, t5_text: str | None = None, guidance: float | None = None,
+                      t5_length: int | None = None) -> Conditioning:
+        return text.encode(clip, clip_text, t5_text, guidance, t5_length)
+
+    def empty_latent(self, width: int, height: int, batch: int = 1) -> Latent:
+        pixels = FLUX_AE.downscale
+        if min(width, height) < pixels or batch < 1:
+            raise BadInput(f"a picture of {width} x {height}, {batch} of them, cannot be made")
+        return {"samples": torch.zeros(batch, FLUX_AE.z_channels, height // pixels, width // pixels,
+                                       device=comfy.model_management.intermediate_device())}
+
+    def sample(self, model: Any, positive: Conditioning, negative: Conditioning | None, latent: Latent, *, seed: int,
+               steps: int, cfg: float = 1.0, solver: str = "euler", schedule: str = "simple", denoise: float = 1.0,
+               strength: float = 1.0, shift: float | None = None,
+               cfg_window: tuple[float, float] = (0.0, 1.0)) -> Latent:
+        return sampling.sample(model, positive, negative, latent, seed=seed, steps=steps, cfg=cfg, solver=solver,
+                               schedule=schedule, denoise=denoise, strength=strength, shift=shift,
+                               cfg_window=cfg_window)
+
+    def decode(self, vae: Any, latent: Latent) -> Tensor:
+        require_vae(vae)
+        samples = latent["samples"]
+        if samples.shape[1] != FLUX_AE.z_channels:
+            raise BadInput(f"this latent has {samples.shape[1]} channels, the FLUX.1 VAE decodes {FLUX_AE.z_channels}")
+        image: Tensor = vae.decode(samples)
+        if not bool(torch.isfinite(image).all()):
+            raise NotFinite("the VAE decoded to NaN or infinity. Check its file, or start ComfyUI with --fp32-vae")
+        return image
+
+    def encode(self, vae: Any, image: Tensor, *, mask: Tensor | None = None) -> Latent:
+        require_vae(vae)
+        grid = FLUX_AE.downscale
+        if image.ndim != 4 or image.shape[-1] < 3 or min(image.shape[1:3]) < grid:
+            raise BadInput("a picture must be (batch, height, width, 3) and at least 8 x 8, found "
+                           f"{tuple(image.shape)}")
+        latent: Latent = {"samples": vae.encode(image[..., :3])}
+        if mask is not None:
+            height, width = (side // grid * grid for side in image.shape[1:3])
+            top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+            cut = mask[..., top:top + height, left:left + width] if mask.shape[-2:] == image.shape[1:3] else mask
+            latent["noise_mask"] = cut.reshape(-1, 1, *cut.shape[-2:])
+        return latent
+
+    def save_images(self, images: Tensor, prefix: str, metadata: Metadata | None = None) -> list[dict[str, str]]:
+        if not bool(torch.isfinite(images).all()):
+            raise NotFinite("the picture holds NaN or infinity; nothing was saved")
+        root = folder_paths.get_output_directory()
+        target = os.path.abspath(os.path.join(root, os.path.normpath(prefix)))
+        if os.path.commonpath((os.path.abspath(root), target)) != os.path.abspath(root):
+            raise BadInput(f"file name prefix '{prefix}' leaves the output folder")
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+            prefix, root, images.shape[2], images.shape[1])
+        texts = png_texts(metadata)
+        saved = []
+        for number, image in enumerate(images, start=counter):
+            file = f"{name.replace('%batch_num%', str(number - counter))}_{number:05}_.png"
+            pixels = (image.cpu().float() * 255).clamp(0, 255).to(torch.uint8)  # cut off, as core's node does
+            Image.fromarray(pixels.numpy()).save(os.path.join(folder, file), pnginfo=texts, compress_level=4)
+            saved.append({"filename": file, "subfolder": subfolder, "type": "output"})
+        return saved
+
+    # -- running
+    def progress(self, total: int) -> Progress:
+        return reporter(comfy.utils.ProgressBar(total), total)
+
+    def check_interrupt(self) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    # -- where and how models run
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = comfy.model_management.get_torch_device()
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = comfy.model_management.unet_dtype(device=self.device, supported_dtypes=SUPPORTED)
+        return dtype
+
+
+def reporter(bar: Any, total: int) -> Callable[..., None]:
+    """Progress with an optional PIL image as preview, in the size limits of the host."""
+    def report(value: int, preview: Any = None) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        shown = None if preview is None else ("JPEG", preview, None)
+        bar.update_absolute(value, total, shown)
+
+    return report
+
+
+def require_vae(vae: Any) -> None:
+    """BadInput unless VAE is an autoencoder of 16 channels, eight pixels to one."""
+    channels = getattr(vae, "latent_channels", None)
+    if channels != FLUX_AE.z_channels or getattr(vae, "latent_dim", 2) != 2:
+        raise BadInput(f"this VAE has {channels} channels, FLUX.1 needs the one with {FLUX_AE.z_channels} "
+                       "(ae.safetensors); load it with Load Flux VAE")
+
+
+def png_texts(metadata: Metadata | None) -> PngInfo | None:
+    """The workflow in the picture, unless the user has switched that off."""
+    if not metadata or comfy.cli_args.args.disable_metadata:
+        return None
+    texts = PngInfo()
+    for key, value in metadata.items():
+        texts.add_text(key, json.dumps(value))
+    return texts
