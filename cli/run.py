@@ -25,7 +25,8 @@ def main(options: argparse.Namespace) -> int:
     nodes = session.node_classes()
     workflow = load_workflow(options.workflow, nodes)
     prompt = with_settings(workflow.prompt, options.settings, nodes)
-    session.executor(host, nodes).run(prompt, workflow.extra_pnginfo)
+    # After --set the drawn workflow would tell other values than those that made the picture: only the prompt goes in.
+    session.executor(host, nodes).run(prompt, {} if options.settings else workflow.extra_pnginfo)
     session.tell(host, seed_of(prompt), started, as_json=options.json)
     return 0
 

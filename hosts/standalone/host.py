@@ -251,7 +251,8 @@ class StandaloneHost:
             report(step + 1, self._preview(denoised) if self._previews else None)
 
         samples = sampling.sample(
-            denoiser, checked_samples(latent), sigmas, noise=noise.draw(latent), add_noise=noise.seed is not None,
+            denoiser, checked_samples(latent), sigmas, seed=noise.seed or 0, noise=noise.draw(latent),
+            add_noise=noise.seed is not None,
             solver=solver, noise_mask=latent.get("noise_mask"), callback=on_step, device=self.device)
         done = {**latent, "samples": samples}
         clean = {**latent, "samples": process_out(last[0].float()).to(samples.device)} if last else done
