@@ -51,7 +51,7 @@ class Recipe:
 
 
 RECIPES = {
-    "dev": Recipe(DEV, steps=6500, batch=32, rate=2e-3, sizes_from=0.35, text_until=0.55),
+    "dev": Recipe(DEV, steps=5700, batch=64, rate=2e-3, sizes_from=0.7, text_until=0.7),
     "schnell": Recipe(SCHNELL, steps=2500, batch=32, rate=1e-3, sizes_from=0.0, text_until=0.0),
 }
 SCHNELL_TIMES = (1.0, 0.75, 0.5, 0.25)

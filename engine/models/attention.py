@@ -29,7 +29,7 @@ def rope(positions: Tensor, dim: int, theta: int) -> Tensor:
 
 def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
     """Rotate pairs of channels: x `(B, H, L, D)` by pe `(B, 1, L, D/2, 2, 2)`, in fp32, back to x's dtype."""
-    if _runs_plainly_on_cpu(x):
+    if runs_plainly_on_cpu(x):
         turns, out = _turns(pe), torch.empty(x.shape, dtype=x.dtype)
         for first in range(0, x.shape[1], HEADS_AT_ONCE):
             heads = slice(first, first + HEADS_AT_ONCE)
@@ -47,7 +47,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor | None = None, mask: T
     q, k, v: `(B, H, L, D)`; pe: `(B, 1, L, D/2, 2, 2)` fp32 or None; mask: broadcastable to `(B, H, L, L)`, bool
     (True = attend) or added to the scores; options: for hosts' kernels, unused here. Returns `(B, L, H*D)`.
     """
-    if mask is None and q.dtype == torch.bfloat16 and _runs_plainly_on_cpu(q):
+    if mask is None and q.dtype == torch.bfloat16 and runs_plainly_on_cpu(q):
         return _by_groups(q, k, v, pe)
     if pe is not None:
         q, k = apply_rope(q, pe), apply_rope(k, pe)
@@ -79,7 +79,7 @@ def _by_groups(q: Tensor, k: Tensor, v: Tensor, pe: Tensor | None) -> Tensor:
     return out.flatten(2)
 
 
-def _runs_plainly_on_cpu(x: Tensor) -> bool:
+def runs_plainly_on_cpu(x: Tensor) -> bool:
     """Not traced for gradients or a compiler: in-place work, Python loops and complex numbers are then in order."""
     return x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 

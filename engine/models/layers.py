@@ -181,12 +181,24 @@ class SingleStreamBlock(nn.Module):
     def forward(self, x: Tensor, vec: Tensor, pe: Tensor, attn_mask: Tensor | None = None,
                 transformer_options: Options = None) -> Tensor:
         mod, _ = self.modulation(vec)
-        qkv, mlp = self.linear1(modulate(self.pre_norm, x, mod.shift, mod.scale)).split(
-            [3 * self.hidden_size, self.mlp_hidden_dim], dim=-1)
+        fused = self.linear1(modulate(self.pre_norm, x, mod.shift, mod.scale))  # (B, L, 3 hidden + mlp)
+        qkv, mlp = fused.split([3 * self.hidden_size, self.mlp_hidden_dim], dim=-1)
         q, k, v = split_heads(qkv, self.num_heads)
         q, k = self.norm(q, k, v)
         attn = self.attention(q, k, v, pe, attn_mask, transformer_options)
-        return within_half(torch.addcmul(x, mod.gate, self.linear2(torch.cat((attn, self.mlp_act(mlp)), 2))))
+        return within_half(torch.addcmul(x, mod.gate, self.linear2(self._join(attn, mlp, fused))))
+
+    def _join(self, attn: Tensor, mlp: Tensor, fused: Tensor) -> Tensor:
+        """attn and the activated mlp side by side, `(B, L, hidden + mlp)`.
+
+        Outside training both are put where v and the mlp lay in linear1's output, which nobody reads again: one copy
+        of the smaller part instead of one of both, and no second buffer.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return torch.cat((attn, self.mlp_act(mlp)), 2)
+        torch.ops.aten.gelu_(mlp, approximate="tanh")
+        fused[..., 2 * self.hidden_size:3 * self.hidden_size] = attn
+        return fused[..., 2 * self.hidden_size:]
 
 
 class LastLayer(nn.Module):

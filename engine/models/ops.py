@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import attention
+from .attention import HEADS_AT_ONCE, attention, runs_plainly_on_cpu
 
 
 class RMSNorm(nn.Module):
@@ -27,7 +27,21 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         scale: Tensor = getattr(self, self.name)
+        if x.ndim == 4 and runs_plainly_on_cpu(x):
+            return self._by_heads(x, scale.float())
         return F.rms_norm(x, scale.shape, scale.to(x.dtype), self.eps)
+
+    def _by_heads(self, x: Tensor, scale: Tensor) -> Tensor:
+        """A few heads of `(B, H, L, D)` at a time, which stay in the cache: half the time of torch's kernel, which
+        first makes q and k contiguous."""
+        out = torch.empty(x.shape, dtype=x.dtype)
+        for first in range(0, x.shape[1], HEADS_AT_ONCE):
+            heads = slice(first, first + HEADS_AT_ONCE)
+            part = x[:, heads].to(torch.float32, copy=True)
+            length = torch.linalg.vector_norm(part, dim=-1, keepdim=True)
+            factor = length.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
+            out[:, heads] = part.mul_(scale).mul_(factor)
+        return out
 
 
 class Ops(Protocol):

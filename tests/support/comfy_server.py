@@ -25,7 +25,7 @@ class Host:
     python: str
 
 
-class Failed(Exception):  # noqa: N818 - named by what happened
+class Failed(Exception):
     """A prompt that ended in an error; `.node` and `.kind` say where and of what class."""
 
     def __init__(self, message: str, node: str = "", kind: str = "") -> None:
@@ -74,6 +74,11 @@ class Server:
                                          {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.loads(answer.read() or b"null")
+
+    def forget(self) -> None:
+        """Drop all cached results and loaded models, so that the next prompt is computed anew."""
+        self.call("/free", {"unload_models": True, "free_memory": True})
+        time.sleep(1.5)  # the worker does so when it next wakes
 
     def submit(self, prompt: dict[str, Any]) -> str:
         """Id of a queued prompt. Failed if the server refuses it."""

@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from comfy_server import Failed, Server
 from flux_kit.hosts.standalone.png import read_text
 from PIL import Image
-from prompts import TEXT, Prompt, core, core_loader, encoded, flux_kit, node
+from prompts import Prompt, core, core_loader, encoded, flux_kit, node
 from torch import Tensor
 
 SAME = 1e-5
@@ -47,7 +48,8 @@ def test_all_nodes_are_there_and_loading_says_nothing(server: Server, info: dict
         assert set(shown) == {spec.id for spec in schema.inputs}
         assert entry["output"] == [output.io_type for output in schema.outputs]
     lines = server.log.read_text().splitlines()
-    loud = [line for line in lines if re.search("flux.kit", line, re.I) and re.search("warn|error|fail|cannot", line, re.I)]
+    ours_said = [line for line in lines if re.search("flux.kit", line, re.I)]
+    loud = [line for line in ours_said if re.search("warn|error|fail|cannot", line, re.I)]
     assert loud == [] and not any("Traceback" in line for line in lines)
 
 
@@ -92,11 +94,11 @@ def test_from_a_picture_as_in_flux_kit_run(server: Server, standalone: Standalon
 
 def test_core_s_nodes_on_our_objects_make_the_same_picture(server: Server) -> None:
     ours, theirs = server.run(flux_kit()), server.run(core())
-    pictures = [Image.open(server.path_of(told["save"]["images"][0])) for told in (ours, theirs)]
-    assert pictures[0].size == (128, 112)
-    assert len(set(pictures[0].getdata())) > 50, "a flat picture proves nothing"
-    apart = max(abs(a - b) for pair in zip(*(p.getdata() for p in pictures), strict=True) for a, b in zip(*pair, strict=True))
-    assert apart <= 1
+    first, second = (np.array(Image.open(server.path_of(told["save"]["images"][0])), dtype=np.int16)
+                     for told in (ours, theirs))
+    assert first.shape == (112, 128, 3)
+    assert first.std() > 10, "a flat picture proves nothing"
+    assert np.abs(first - second).max() <= 1
 
 
 @pytest.mark.parametrize(("solver", "schedule"), [("euler", "simple"), ("heun", "normal"), ("dpmpp_2m", "beta"),
@@ -144,11 +146,6 @@ def test_names_of_other_machines(server: Server) -> None:
 
 
 BAD: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
-    "wrong channels": ({"size": node("VAEEncode", pixels=["image", 0], vae=["load", 2]),
-                        "image": node("EmptyImage", width=128, height=112, batch_size=1, color=255),
-                        "sampler": {**flux_kit()["sampler"], "inputs": {**flux_kit()["sampler"]["inputs"],
-                                                                        "latent": ["cut", 0]}},
-                        "cut": node("LatentCut", samples=["size", 0], dim="x", index=0, amount=3)}, ""),
     "cfg without negative": ({"sampler": flux_kit(cfg=3.0)["sampler"]}, "cfg 3.0 needs a negative prompt"),
     "text encoder as model": ({"load": node("FluxKitLoadFlux", model="tiny-flux-dev.safetensors",
                                             clip_l="tiny-clip_l.safetensors", t5="tiny-clip_l.safetensors",
@@ -156,7 +153,6 @@ BAD: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
     "leaves the output folder": ({"save": node("FluxKitSave", images=["decode", 0], filename_prefix="../../x")},
                                  "leaves the output folder"),
 }
-del BAD["wrong channels"]
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -165,7 +161,8 @@ def test_bad_input_is_told_and_the_next_prompt_runs(server: Server, name: str) -
     before = server.latents(flux_kit())["latent"]
     with pytest.raises(Failed, match=message):
         server.run({**flux_kit(seed=5), **changes})
-    assert torch.equal(server.latents(flux_kit(seed=21, steps=4))["latent"], before)
+    server.forget()
+    assert torch.equal(server.latents(flux_kit())["latent"], before)
 
 
 def test_interrupted_and_run_again(server: Server) -> None:
@@ -175,8 +172,5 @@ def test_interrupted_and_run_again(server: Server) -> None:
     server.call("/interrupt", {})
     with pytest.raises(Failed, match="interrupted"):
         server.result(prompt_id)
-    again = flux_kit()
-    again["text"] = encoded(TEXT + " ")  # not from the cache
-    again["sampler"]["inputs"]["positive"] = ["same", 0]
-    again["same"] = encoded(TEXT)
-    assert torch.equal(server.latents(again)["latent"], before)
+    server.forget()
+    assert torch.equal(server.latents(flux_kit())["latent"], before)

@@ -1,0 +1,470 @@
+"""Run by the tests in a process of ComfyUI: usage inside.py CHECKOUT PACK. Prints one JSON object, check -> findings.
+
+The pack is loaded as ComfyUI loads it, under a name that is a path. Oracle: the host's own Flux class with the same
+weights, driven by the host's own code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import importlib.util
+import json
+import logging
+import sys
+import traceback
+import types
+from pathlib import Path
+from typing import Any
+
+CHECKOUT, PACK = Path(sys.argv[1]), Path(sys.argv[2])
+sys.argv = ["main.py", "--cpu"]
+sys.path.insert(0, str(CHECKOUT))
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+
+import comfy.ldm.flux.layers  # noqa: E402
+import comfy.ldm.flux.model  # noqa: E402
+import comfy.lora  # noqa: E402
+import comfy.model_base  # noqa: E402
+import comfy.model_management  # noqa: E402
+import comfy.model_patcher  # noqa: E402
+import comfy.ops  # noqa: E402
+import comfy.patcher_extension  # noqa: E402
+import comfy.sd  # noqa: E402
+import comfy.supported_models  # noqa: E402
+import nodes as core_nodes  # noqa: E402
+import torch  # noqa: E402
+
+NAME = "/somewhere/custom_nodes/flux-kit"
+TINY = PACK / "tiny_flux" / "models"
+MODEL = TINY / "diffusion_models" / "tiny-flux-dev.safetensors"
+ENCODERS = [TINY / "text_encoders" / name for name in ("tiny-clip_l.safetensors", "tiny-t5.safetensors")]
+D = 128  # width of tiny-flux
+
+
+def load_pack() -> Any:
+    spec = importlib.util.spec_from_file_location(NAME, PACK / "__init__.py", submodule_search_locations=[str(PACK)])
+    assert spec is not None and spec.loader is not None
+    pack = sys.modules[NAME] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pack)
+    asyncio.run(pack.comfy_entrypoint())
+    return sys.modules[NAME + ".hosts"].current()
+
+
+HOST = load_pack()
+ENGINE = NAME + ".engine"
+OURS = sys.modules[NAME + ".hosts.comfyui.transformer"]
+OBJECTS = sys.modules[NAME + ".hosts.comfyui.objects"]
+LAYERS = sys.modules[NAME + ".hosts.comfyui.layers"]
+ERRORS = sys.modules[ENGINE + ".errors"]
+GENERATOR = torch.Generator().manual_seed(0)
+CHECKS: dict[str, Any] = {}
+
+
+def check(function: Any) -> Any:
+    CHECKS[function.__name__] = function
+    return function
+
+
+def random(*shape: int, size: float = 1.0) -> torch.Tensor:
+    return torch.randn(*shape, generator=GENERATOR) * size
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+def core_twin(ours: Any) -> Any:
+    """The host's own Flux with the weights of ours."""
+    known = {field.name for field in dataclasses.fields(comfy.ldm.flux.model.FluxParams)}
+    params = {name: value for name, value in OURS.params_of(ours.spec).items() if name in known}
+    with torch.device("meta"):
+        twin = comfy.ldm.flux.model.Flux(dtype=ours.dtype, device="meta", operations=comfy.ops.manual_cast, **params)
+    twin.load_state_dict(ours.state_dict(), strict=True, assign=True)
+    return twin.eval().requires_grad_(False)
+
+
+def core_patcher(patcher: Any) -> Any:
+    twin = core_twin(patcher.model.diffusion_model)
+    # A copy of every weight: patches of one model must not show in the other.
+    twin.load_state_dict({name: value.clone() for name, value in twin.state_dict().items()}, assign=True)
+    twin.requires_grad_(False)
+    model = comfy.model_base.Flux(patcher.model.model_config, model_type=patcher.model.model_type,
+                                  unet_model=lambda **_: twin)
+    return comfy.model_patcher.ModelPatcher(model, load_device=patcher.load_device,
+                                            offload_device=patcher.offload_device)
+
+
+def sampled(patcher: Any, conditioning: Any, **changes: Any) -> torch.Tensor:
+    settings = {"seed": 3, "steps": 3, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", **changes}
+    out: torch.Tensor = core_nodes.common_ksampler(
+        patcher, positive=conditioning, negative=conditioning, latent={"samples": torch.zeros(1, 16, 12, 16)},
+        **settings)[0]["samples"]
+    return out
+
+
+def conditioning() -> Any:
+    return HOST.encode_prompt(HOST.load_text_encoders(ENCODERS), "a red circle", guidance=3.5)
+
+
+# -- one pass of the network
+
+def replaced(args: Any, extra: Any) -> Any:
+    out = extra["original_block"]({key: value for key, value in args.items() if key != "attn_mask"})
+    return {**out, "img": out["img"] * 1.2}
+
+
+def cases(tokens: int, hidden: int) -> dict[str, dict[str, Any]]:
+    """Extra inputs of a pass on two latents of 13 x 16 and 20 text tokens."""
+    length = 20 + tokens
+    noise = random(2, tokens, hidden)
+    return {
+        "plain": {},
+        "no guidance": {"guidance": None},
+        "no pooled text": {"y": None},
+        "control residuals": {"control": {"input": [random(2, 20, hidden), None, random(2, tokens, hidden)],
+                                          "output": [random(2, 40, hidden)]}},
+        "attention mask": {"attention_mask": torch.where(torch.rand(2, 1, length, length, generator=GENERATOR) < 0.2,
+                                                         -5.0, 0.0)},
+        "references, offset": {"ref_latents": [random(2, 16, 9, 12), random(2, 16, 8, 8)]},
+        "references, index": {"ref_latents": [random(2, 16, 9, 12), random(2, 16, 8, 8)],
+                              "ref_latents_method": "index"},
+        "references, uxo": {"ref_latents": [random(2, 16, 9, 12), random(2, 16, 8, 8)], "ref_latents_method": "uxo"},
+        "replaced blocks": options(patches_replace={"dit": {("double_block", 0): replaced,
+                                                            ("single_block", 0): replaced}}),
+        "patch after the input": options(patches={"post_input": [lambda a: {**a, "img": a["img"] + noise}]}),
+        "attention override": options(optimized_attention_override=lambda kernel, *a, **k: kernel(*a, **k) * 1.1),
+        "rope options": options(rope_options={"scale_y": 0.5, "scale_x": 1.5, "shift_y": 2.0, "shift_t": 1.0}),
+        "attention patches": options(patches={
+            "attn1_patch": [lambda q, k, v, pe, attn_mask, extra_options: {"q": q * 1.3}],
+            "attn1_output_patch": [lambda a, extra: a * (1 + extra["img_slice"][0] / extra["img_slice"][1])]}),
+        "wrapper": options(wrappers={comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL: {
+            "test": [lambda executor, *a, **k: executor(*a, **k) * 1.5]}}),
+    }
+
+
+def options(**entries: Any) -> dict[str, Any]:
+    return {"transformer_options": entries}
+
+
+def copied(value: Any) -> Any:
+    """Core adds to some inputs in place."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: copied(entry) for key, entry in value.items()}
+    return [copied(entry) for entry in value] if isinstance(value, list) else value
+
+
+def compared(ours: Any, names: set[str] | None = None) -> dict[str, Any]:
+    """For each case: how far ours is from core's, and how much the case changes core's answer."""
+    spec = ours.spec
+    twin = core_twin(ours)
+    x, sigma = random(2, spec.in_channels // 4, 13, 16), torch.tensor([0.7, 0.4])
+    inputs = {"context": random(2, 20, spec.context_in_dim), "y": random(2, spec.vec_in_dim),
+              "guidance": torch.tensor([3.5, 3.5])}
+    plain = twin(x.clone(), sigma, **copied(inputs))
+    found = {}
+    for name, changes in cases(7 * 8, spec.hidden_size).items():
+        if names is None or name in names:
+            mine = ours(x.clone(), sigma, **copied({**inputs, **changes}))
+            theirs = twin(x.clone(), sigma, **copied({**inputs, **changes}))
+            found[name] = {"off": relative(mine, theirs), "changed": relative(theirs, plain)}
+    return found
+
+
+@check
+def one_pass() -> Any:
+    return compared(HOST.load_model(MODEL).model.diffusion_model)
+
+
+@check
+def full_width() -> Any:
+    """One double and one single block of the published width."""
+    spec = sys.modules[ENGINE + ".specs"].FluxSpec(depth=1, depth_single_blocks=1)
+    with torch.device("meta"):
+        ours = OURS.Flux(spec, torch.float32)
+    weights = {name: torch.empty(tensor.shape).uniform_(-0.03, 0.03, generator=GENERATOR)
+               + (1.0 if "_norm." in name else 0.0) for name, tensor in ours.state_dict().items()}
+    ours.load_state_dict(weights, assign=True)
+    return compared(ours.eval().requires_grad_(False),
+                    {"plain", "control residuals", "attention mask", "references, offset"})
+
+
+@check
+def half_precision() -> Any:
+    """The same pass in bf16, where rounding is all that may differ."""
+    ours = HOST.load_model(MODEL).model.diffusion_model
+    half = OURS.Flux(ours.spec, torch.bfloat16)
+    half.load_state_dict(ours.state_dict())
+    half = half.to(torch.bfloat16).eval().requires_grad_(False)
+    twin = core_twin(half)
+    x, context, y = random(1, 16, 12, 16).bfloat16(), random(1, 20, 64).bfloat16(), random(1, 64).bfloat16()
+    sigma, guidance = torch.tensor([0.7]), torch.tensor([3.5]).bfloat16()
+    mine, theirs = (net(x.clone(), sigma, context, y=y, guidance=guidance) for net in (half, twin))
+    return {"off": relative(mine, theirs)}
+
+
+# -- patches on weights
+
+def low_rank(sizes: dict[str, tuple[int, int]], down: str, up: str, prefix: str = "",
+             alpha: bool = False) -> dict[str, torch.Tensor]:
+    weights = {}
+    for name, (rows, columns) in sizes.items():
+        weights[f"{prefix}{name}.{down}.weight"] = random(4, columns, size=0.05)
+        weights[f"{prefix}{name}.{up}.weight"] = random(rows, 4, size=0.05)
+        if alpha:
+            weights[f"{prefix}{name}.alpha"] = torch.tensor(4.0)
+    return weights
+
+
+def loras() -> dict[str, dict[str, torch.Tensor]]:
+    kohya = {"double_blocks_0_img_attn_qkv": (3 * D, D), "double_blocks_1_txt_mlp_0": (4 * D, D),
+             "single_blocks_0_linear1": (7 * D, D), "single_blocks_2_linear2": (D, 5 * D),
+             "double_blocks_0_img_mod_lin": (6 * D, D)}
+    diffusers = {"transformer_blocks.0.attn.to_q": (D, D), "transformer_blocks.0.attn.add_v_proj": (D, D),
+                 "single_transformer_blocks.1.attn.to_k": (D, D), "single_transformer_blocks.1.proj_mlp": (4 * D, D),
+                 "single_transformer_blocks.3.proj_out": (D, 5 * D), "transformer_blocks.1.ff.net.0.proj": (4 * D, D)}
+    control = low_rank({"img_in": (D, 128), "double_blocks.0.img_attn.proj": (D, D)}, "lora_A", "lora_B")
+    control["img_in.lora_B.bias"] = random(D, size=0.05)
+    for name in ("double_blocks.0.img_attn.norm.query_norm", "single_blocks.0.norm.key_norm"):
+        control[f"{name}.scale"] = 1 + random(D, size=0.3)
+    return {"kohya": low_rank(kohya, "lora_down", "lora_up", "lora_unet_", alpha=True),
+            "diffusers": low_rank(diffusers, "lora_A", "lora_B", "transformer."), "bfl control": control}
+
+
+class Warnings(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def patched(patcher: Any, lora: dict[str, torch.Tensor]) -> Any:
+    return comfy.sd.load_lora_for_models(patcher, None, dict(lora), 1.0, 0.0)[0]
+
+
+@check
+def lora() -> Any:
+    """Against core's Flux with the same patches; the base model afterwards; what the host logs meanwhile."""
+    ours, prompt = HOST.load_model(MODEL), conditioning()
+    theirs = core_patcher(ours)
+    base = sampled(ours, prompt)
+    found = {}
+    for name, weights in loras().items():
+        logging.getLogger().addHandler(handler := Warnings())
+        mine = sampled(patched(ours, weights), prompt)
+        logging.getLogger().removeHandler(handler)
+        found[name] = {"off": relative(mine, sampled(patched(theirs, weights), prompt)),
+                       "changed": relative(mine, base), "base": relative(sampled(ours, prompt), base),
+                       "said": handler.texts}
+    return found
+
+
+@check
+def partial_load() -> Any:
+    """A third of the weights loaded, the rest brought along layer by layer, against all loaded."""
+    prompt = conditioning()
+    (cond, values), = prompt
+    inputs = {"c_crossattn": cond, "y": values["pooled_output"], "guidance": torch.tensor([3.5])}
+    x, sigma = random(1, 16, 12, 16), torch.tensor([0.8])
+    ours, found = HOST.load_model(MODEL), {}
+    base = None
+    for name, weights in {"no lora": None, **loras()}.items():
+        if name == "bfl control":
+            continue
+        patcher = ours.clone() if weights is None else patched(ours, weights)
+        outs, loaded = [], []
+        for budget in ({"lowvram_model_memory": patcher.model_size() // 3}, {"full_load": True}):
+            patcher.patch_model(device_to=None, load_weights=False)
+            patcher.load(patcher.load_device, **budget)
+            loaded.append(patcher.model.model_loaded_weight_memory)
+            outs.append(patcher.model.apply_model(x, sigma, **inputs))
+            patcher.unpatch_model(patcher.offload_device)
+        base = outs[1] if base is None else base
+        found[name] = {"off": relative(outs[0], outs[1]), "share": loaded[0] / loaded[1],
+                       "changed": relative(outs[0], base)}
+    return found
+
+
+@check
+def text_lora() -> Any:
+    clip = HOST.load_text_encoders(ENCODERS)
+    keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
+    weights, state = {}, clip.cond_stage_model.state_dict()
+    for name in ("lora_te1_text_model_encoder_layers_0_self_attn_q_proj",
+                 "lora_te2_encoder_block_0_layer_0_SelfAttention_q"):
+        rows, columns = state[keys[name]].shape
+        weights |= low_rank({name: (rows, columns)}, "lora_down", "lora_up", alpha=True)
+    (before, told), = HOST.encode_prompt(clip, "a red circle")
+    changed = comfy.sd.load_lora_for_models(None, clip, weights, 0.0, 1.0)[1]
+    (cond, values), = HOST.encode_prompt(changed, "a red circle")
+    (after, _), = HOST.encode_prompt(clip, "a red circle")
+    return {"t5": relative(cond, before), "clip_l": relative(values["pooled_output"], told["pooled_output"]),
+            "base": relative(after, before)}
+
+
+@check
+def estimates() -> Any:
+    """What the host believes the weights take, and what they take."""
+    found = {}
+    for name, patcher in {"model": HOST.load_model(MODEL), "clip": HOST.load_text_encoders(ENCODERS).patcher,
+                          "vae": HOST.load_vae(TINY / "vae" / "tiny-ae.safetensors").patcher}.items():
+        held = sum(p.numel() * p.element_size() for p in patcher.model.parameters())
+        found[name] = {"told": patcher.model_size(), "held": held}
+    return found
+
+
+# -- what other packs do
+
+def classic_forward(self: Any, img: Any, img_ids: Any, txt: Any, txt_ids: Any, timesteps: Any, y: Any,
+                    guidance: Any = None, control: Any = None, transformer_options: Any = None,
+                    attn_mask: Any = None) -> Any:
+    """As packs that cache steps write it: the public parts of the class called in BFL's way."""
+    embedding = comfy.ldm.flux.layers.timestep_embedding
+    img = self.img_in(img)
+    vec = self.time_in(embedding(timesteps, 256).to(img.dtype))
+    if self.params.guidance_embed and guidance is not None:
+        vec = vec + self.guidance_in(embedding(guidance, 256).to(img.dtype))
+    vec = vec + self.vector_in(y[:, :self.params.vec_in_dim])
+    txt = self.txt_in(txt)
+    pe = self.pe_embedder(torch.cat((txt_ids, img_ids), dim=1))
+    modulation, _ = self.double_blocks[0].img_mod(vec)
+    normed = (1 + modulation.scale) * self.double_blocks[0].img_norm1(img) + modulation.shift
+    assert normed.shape == img.shape and modulation.scale.shape[1] == 1
+    for block in self.double_blocks:
+        img, txt = block(img=img, txt=txt, vec=vec, pe=pe, attn_mask=attn_mask)
+    x = torch.cat((txt, img), 1)
+    for block in self.single_blocks:
+        x = block(x, vec=vec, pe=pe, attn_mask=attn_mask)
+    return self.final_layer(x[:, txt.shape[1]:, ...], vec)
+
+
+class Together(torch.nn.Module):
+    """As packs that skip blocks write it: one module in place of a whole list."""
+
+    def __init__(self, blocks: Any) -> None:
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, *streams: Any, **inputs: Any) -> Any:
+        out: Any = streams[0] if streams else (inputs.pop("img"), inputs.pop("txt"))
+        for block in self.blocks:
+            out = block(out, **inputs) if streams else block(img=out[0], txt=out[1], **inputs)
+        return out
+
+
+@check
+def other_packs() -> Any:
+    patcher, prompt = HOST.load_model(MODEL), conditioning()
+    network = patcher.model.diffusion_model
+    before = sampled(patcher, prompt)
+    found: dict[str, Any] = {"class": type(network).__name__}
+    swapped = patcher.clone()
+    swapped.add_object_patch("diffusion_model.forward_orig", types.MethodType(classic_forward, network))
+    found["forward_orig as object patch"] = relative(sampled(swapped, prompt), before)
+    original = network.forward_orig
+    network.forward_orig = classic_forward.__get__(network, type(network))
+    found["forward_orig set"] = relative(sampled(patcher, prompt), before)
+    network.forward_orig = original
+    swapped = patcher.clone()
+    swapped.add_object_patch("diffusion_model.double_blocks", torch.nn.ModuleList([Together(network.double_blocks)]))
+    swapped.add_object_patch("diffusion_model.single_blocks", torch.nn.ModuleList([Together(network.single_blocks)]))
+    found["block lists swapped"] = relative(sampled(swapped, prompt), before)
+    found["afterwards"] = relative(sampled(patcher, prompt), before)
+    return found
+
+
+# -- bad input and accidents
+
+def message(call: Any, *arguments: Any, **keywords: Any) -> str:
+    try:
+        call(*arguments, **keywords)
+    except ERRORS.FluxKitError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@check
+def refusals() -> Any:
+    """Objects of other models, genuine ones of the host's classes."""
+    patcher, prompt = HOST.load_model(MODEL), conditioning()
+    vae = HOST.load_vae(TINY / "vae" / "tiny-ae.safetensors")
+    config = comfy.supported_models.SD15({"disable_unet_model_creation": True, "in_channels": 4, "adm_in_channels": None})
+    other = comfy.model_patcher.ModelPatcher(comfy.model_base.BaseModel(config), patcher.load_device,
+                                             patcher.offload_device)
+    wide = comfy.sd.CLIP(no_init=True)
+    wide.tokenizer, wide.tokenizer_options = comfy.sdxl_clip.SDXLTokenizer(), {}
+    wide.cond_stage_model = torch.nn.Identity()
+    empty = {"samples": torch.zeros(1, 16, 8, 8)}
+    run = {"seed": 1, "steps": 1}
+    return {
+        "model": message(HOST.sample, other, prompt, None, empty, **run),
+        "clip": message(HOST.encode_prompt, wide, "a"),
+        "vae": message(HOST.decode, comfy.sd.VAE(sd={}), empty),
+        "latent": message(HOST.sample, patcher, prompt, None, {"samples": random(1, 4, 8, 8)}, **run),
+        "decoded latent": message(HOST.decode, vae, {"samples": random(1, 4, 8, 8)}),
+        "nan": message(HOST.sample, patcher, prompt, None, {"samples": torch.full((1, 16, 8, 8), torch.nan)}, **run),
+        "empty of another width": message(HOST.sample, patcher, prompt, None,
+                                          {"samples": torch.zeros(1, 4, 8, 8)}, **run)}
+
+
+@check
+def accidents() -> Any:
+    """Out of memory, an interrupt, or NaN in the middle of a run; then the same run as before."""
+    patcher, prompt = HOST.load_model(MODEL), conditioning()
+    empty = {"samples": torch.zeros(1, 16, 8, 8)}
+
+    def run() -> torch.Tensor:
+        out: torch.Tensor = HOST.sample(patcher, prompt, None, empty, seed=1, steps=4)["samples"]
+        return out
+
+    before, calls = run(), []
+
+    def after_two(action: Any) -> Any:
+        def hook(module: Any, inputs: Any, output: Any) -> Any:
+            calls.append(None)
+            return action(output) if len(calls) > 2 else output
+        return hook
+
+    def out_of_memory(output: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    def interrupt(output: Any) -> Any:
+        comfy.model_management.interrupt_current_processing(True)
+        return output
+
+    found = {}
+    for name, action in {"out of memory": out_of_memory, "interrupt": interrupt,
+                         "nan": lambda output: output * torch.nan}.items():
+        calls.clear()
+        handle = patcher.model.diffusion_model.final_layer.register_forward_hook(after_two(action))
+        try:
+            run()
+            told = ""
+        except BaseException as error:  # noqa: BLE001 - newer hosts' interrupt is no Exception
+            told = f"{type(error).__name__}: {error}"
+        handle.remove()
+        found[name] = {"told": told, "again": relative(run(), before)}
+    return found
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    found = {}
+    for name, function in CHECKS.items():
+        try:
+            with torch.inference_mode():
+                found[name] = function()
+        except Exception:  # noqa: BLE001 - told to the test, which fails by it
+            found[name] = {"error": traceback.format_exc()}
+        comfy.model_management.unload_all_models()
+    print("\n" + json.dumps(found))
+
+
+main()
