@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import io
+import signal
 import sys
+import threading
 from collections.abc import Sequence
+from typing import Any
 
 from ..engine.errors import FluxKitError
 from . import report
@@ -30,8 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         report.failure(error, as_json=report.wants_json(argv))
         return WRONG_USAGE
-    command = importlib.import_module(COMMANDS[options.command], __package__)
+    before = _stop_on_request()
     try:
+        command = importlib.import_module(COMMANDS[options.command], __package__)
         code: int = command.main(options)
         return code
     except UsageError as error:
@@ -47,4 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.failure(report.missing_package(error), as_json=options.json)
     except KeyboardInterrupt:
         report.failure(report.interrupted(), as_json=options.json)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     return FAILED
+
+
+def _stop_on_request() -> Any:
+    """Let SIGTERM end a command as Ctrl-C does, in order, and return its handler before; None where a program that
+    calls `main` from one of its threads keeps its signals to itself."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -37,8 +37,7 @@ class Parts:
 def main(options: argparse.Namespace) -> int:
     """Make the pictures, one run of the graph for each seed; models and prompt are kept between them."""
     started = time.monotonic()
-    if options.output.suffix.lower() != ".png":
-        raise UsageError(f"-o {options.output}: the file must end in .png")
+    session.check_target("-o", numbered(options, 0))
     if options.seed + options.count - 1 > SEED_MAX:
         raise UsageError(f"--seed {options.seed} and --count {options.count} lead past {SEED_MAX} (2^64 - 1)")
     if options.negative is not None and options.cfg == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -17,10 +18,11 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from .. import hosts
 from ..engine.errors import FluxKitError, MissingFile
 from ..hosts import Progress
-from ..hosts.standalone import io
 from ..hosts.standalone.executor import Executor
 from ..hosts.standalone.folders import Folders
 from ..hosts.standalone.host import StandaloneHost
+from ..hosts.standalone.io import ComfyNode
+from ..hosts.standalone.png import replace_file
 from ..hosts.standalone.validation import Nodes
 from . import report
 from .parser import UsageError
@@ -52,7 +54,7 @@ def open_host(options: argparse.Namespace, *, out: Path, inputs: Sequence[Path] 
     _show_warnings()
     check_writable(out)
     if options.preview is not None:
-        check_preview(options.preview)
+        check_target("--preview", options.preview)
     folders = open_folders(options.models, inputs=inputs, out=out)
     host = StandaloneHost(folders, device=options.device, dtype=options.dtype, memory=options.memory,
                           progress_bar=partial(progress_bar, preview_file=options.preview), save_to=save_to,
@@ -81,7 +83,7 @@ def node_classes() -> Nodes:
     """Every node of the standalone host by its id. Call after `open_host`: the classes are built from the host's io."""
     from ..hosts.standalone.core_nodes import CORE_NODES
     from ..nodes import NODES
-    classes: list[type[io.ComfyNode]] = [*NODES, *CORE_NODES]
+    classes: list[type[ComfyNode]] = [*NODES, *CORE_NODES]
     return {node.GET_SCHEMA().node_id: node for node in classes}
 
 
@@ -89,9 +91,12 @@ def executor(host: StandaloneHost, nodes: Nodes) -> Executor:
     return Executor(nodes, check_interrupt=host.check_interrupt)
 
 
-def check_preview(file: Path) -> None:
+def check_target(option: str, file: Path) -> None:
+    """UsageError or FluxKitError, before a long run, if no picture can be written to the file of this option."""
     if file.suffix.lower() != ".png":
-        raise UsageError(f"--preview {file}: previews are PNG files; give a name that ends in .png")
+        raise UsageError(f"{option} {file}: the file must end in .png")
+    if file.is_dir():
+        raise FluxKitError(f"{option} {file}: this is a folder; name a file in it", file=file)
     check_writable(file.parent)
 
 
@@ -102,9 +107,9 @@ def progress_bar(total: int, preview_file: Path | None = None) -> Progress:
     def report_step(value: int, preview: Any = None) -> None:
         bar.update(value - bar.n)
         if preview is not None and preview_file is not None:
-            part = preview_file.with_suffix(".part")
-            preview.resize((preview.width * 4, preview.height * 4)).save(part, "PNG")
-            part.replace(preview_file)  # a viewer never sees half a picture
+            data = io.BytesIO()
+            preview.resize((preview.width * 4, preview.height * 4)).save(data, "PNG")
+            replace_file(preview_file, data.getvalue())  # a viewer never sees half a picture
         if value >= total:
             bar.close()
 

@@ -6,12 +6,12 @@ Nodes are ComfyUI V3 nodes. `Schema` drops keywords that an older host does not 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..engine.errors import FluxKitError, MissingFile
+from ..engine.errors import MissingFile
 from ..hosts import Host, current
+from ..hosts.names import problems
 
 if TYPE_CHECKING:
     from ..hosts.standalone import io as _io
@@ -83,20 +83,10 @@ class FileNode(ComfyNode):
         return [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
 
 
-def problems(check: Callable[..., Any], *arguments: Any) -> bool | str:
-    """What `validate_inputs` returns for a check that raises: True, or the reason."""
-    try:
-        check(*arguments)
-    except FluxKitError as error:
-        return str(error)
-    return True
-
-
 def check_files(**kinds_and_names: tuple[str, str | None]) -> bool | str:
-    """Answer of `validate_inputs` for file widgets given as `widget=(kind, value)`. A linked widget's value is None:
-    nothing can be said before the run."""
+    """Answer of `validate_inputs` for file widgets given as `widget=(kind, value)`. A linked widget's value is None."""
     for kind, name in kinds_and_names.values():
-        answer = True if name is None else problems(file_of, kind, name)
+        answer = problems(file_of, kind, name)
         if answer is not True:
             return answer
     return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..hosts.names import check_prefix, problems
 from . import api
 from .api import host
 
@@ -49,6 +50,10 @@ class FluxKitSave(api.ComfyNode):
                     api.String.Input("filename_prefix", default="FluxKit",
                                      tooltip="Start of the file name, inside the output folder; may hold subfolders.")],
             hidden=[api.Hidden.prompt, api.Hidden.extra_pnginfo])
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
+        return problems(check_prefix, filename_prefix)
 
     @classmethod
     def execute(cls, images: Any, filename_prefix: str) -> Any:

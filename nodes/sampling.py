@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..engine.sampling import SCHEDULES, SOLVERS
+from ..hosts.names import problems
 from . import api
 from .api import host
 from .sizes import ASPECTS, CUSTOM, GRID, MAX_SIDE, MIN_SIDE, check_side, picture_size
@@ -36,10 +37,10 @@ class FluxKitEmptyLatent(api.ComfyNode):
     @classmethod
     def validate_inputs(cls, aspect: str | None = None, width: int | None = None,
                         height: int | None = None) -> bool | str:
-        if aspect is not None and aspect not in ASPECTS:
+        if aspect is not None and aspect not in list(ASPECTS):  # a list: anything can stand in a workflow
             return f"aspect '{aspect}' is not one of {', '.join(ASPECTS)}"
         for name, value in (("width", width), ("height", height)):
-            answer = api.problems(check_side, name, value) if aspect == CUSTOM else True
+            answer = problems(check_side, name, value) if aspect == CUSTOM else True
             if answer is not True:
                 return answer
         return True

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .scenes import PALETTE, PLACES, SHAPES, SPANS, TRAINING_SCENES, coverage
+from .scenes import PALETTE, PLACES, SHAPES, SPANS, TRAINING_SCENES, Scene, coverage
 
 CANVAS = 128
 FREE_MASKS = 800
@@ -34,18 +34,29 @@ class PictureSource:
         return _mask(r.choice(SHAPES), (r.uniform(0, CANVAS), r.uniform(0, CANVAS)), span)
 
     def batch(self, count: int, size: int) -> Tensor:
-        """`count` pictures; below the canvas size, random crops of it."""
+        """`count` pictures; below the canvas size, crops of it, most of them with the figure of a scene in sight."""
         pictures = []
         for _ in range(count):
-            picture = self._scene() if self.random.random() < SCENE_SHARE else self._composition()
-            y, x = self.random.randint(0, CANVAS - size), self.random.randint(0, CANVAS - size)
-            pictures.append(picture[:, y:y + size, x:x + size])
+            if self.random.random() < SCENE_SHARE:
+                scene = self._choose()
+                picture, (x, y) = self._scene(scene), PLACES[scene.place or "center"]
+            else:
+                picture, (x, y) = self._composition(), (self.random.random(), self.random.random())
+            left, top = (self._origin(middle, size) for middle in (x, y))
+            pictures.append(picture[:, top:top + size, left:left + size])
         return torch.stack(pictures) * 2 - 1
 
-    def _scene(self) -> Tensor:
-        scene = self.random.choice(TRAINING_SCENES)
-        assert scene.size is not None and scene.place is not None
-        mask = self.scene_masks[scene.size, scene.shape, scene.place]
+    def _origin(self, middle: float, size: int) -> int:
+        start = middle * CANVAS - size / 2 + self.random.uniform(-0.4, 0.4) * size
+        return int(min(max(start, 0), CANVAS - size))
+
+    def _choose(self) -> Scene:
+        """Small stars and rings are the hardest: of two scenes the harder one."""
+        two = [self.random.choice(TRAINING_SCENES) for _ in range(2)]
+        return max(two, key=lambda scene: (scene.shape == "star") + (scene.shape == "ring") + (scene.size == "small"))
+
+    def _scene(self, scene: Scene) -> Tensor:
+        mask = self.scene_masks[scene.size or "large", scene.shape, scene.place or "center"]
         return _paint(_rgb(scene.ground), _rgb(scene.color), mask)
 
     def _color(self) -> Tensor:

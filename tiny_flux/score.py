@@ -4,7 +4,8 @@
 
 The judge knows the palette and the geometry of the grammar, and neither the prompt nor any rendered target: each pixel
 goes to the nearest palette colour, the background is the most frequent colour of the border, the figure the most
-frequent other one, and shape, size and place are measured on the figure's mask.
+frequent other flat one; what lies nearer to the figure's colour than to the background's is the figure's mask, and
+shape, size and place are measured on its one connected part.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.ndimage import label  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..engine.models.autoencoder import Autoencoder
@@ -30,6 +32,7 @@ from ..engine.weights import load
 from .scenes import HELD_OUT_SCENES, PALETTE, PLACES, SHAPES, SPANS, Scene, caption, render, shape_mask
 
 FLAT_TOLERANCE = 20          # levels: how far a flat colour may be from its palette entry
+SPAN_TOLERANCE = 0.105       # of the shorter side; a star's fading tips take up to 0.06
 NAMES = tuple(PALETTE)
 COLORS = np.array([PALETTE[name] for name in NAMES], dtype=np.int16)
 
@@ -52,30 +55,37 @@ def read_picture(picture: NDArray[np.uint8]) -> Reading:
     border = np.concatenate([nearest[:ring].ravel(), nearest[-ring:].ravel(),
                              nearest[:, :ring].ravel(), nearest[:, -ring:].ravel()])
     ground = int(np.bincount(border, minlength=len(NAMES)).argmax())
-    counts = np.bincount(nearest.ravel(), minlength=len(NAMES))
+    # the figure's colour is looked for where colours are flat: on an edge of red and yellow lies orange
+    flat = distance.min(axis=0) <= 2 * FLAT_TOLERANCE
+    counts = np.bincount(nearest[flat], minlength=len(NAMES))
     counts[ground] = 0
     figure = int(counts.argmax())
-    if counts[figure] < 0.005 * width * height:
+    if counts[figure] < 0.004 * width * height:
         return Reading(None, "no figure")
     for name, index in (("background", ground), ("figure", figure)):
-        flat = np.median(picture[nearest == index].astype(np.float64), axis=0)
-        if np.abs(flat - COLORS[index]).max() > FLAT_TOLERANCE:
-            return Reading(None, f"{name} colour {flat.astype(int).tolist()} is not {NAMES[index]}")
-    mask = nearest != ground
-    if (mask & (nearest != figure)).mean() > 0.25 * mask.mean() + 0.002:
+        seen = np.median(levels[flat & (nearest == index)], axis=0)
+        if np.abs(seen - COLORS[index]).max() > FLAT_TOLERANCE:
+            return Reading(None, f"{name} colour {seen.astype(int).tolist()} is not {NAMES[index]}")
+    axis = (COLORS[figure] - COLORS[ground]).astype(np.float64)
+    along = (levels - COLORS[ground]) @ axis / (axis @ axis)  # 0 at the background's colour, 1 at the figure's
+    aside = np.abs(levels - COLORS[ground] - along[..., None] * axis).max(axis=-1)
+    mask = along > 0.5
+    if (aside > 2 * FLAT_TOLERANCE).sum() > 0.1 * mask.sum():
         return Reading(None, "a third colour")
-    return _read_mask(mask, NAMES[figure], NAMES[ground])
+    parts, count = label(mask)
+    sizes = np.sort(np.bincount(parts.ravel())[1:])[::-1]
+    if count > 1 and sizes[1] > 0.1 * sizes[0]:
+        return Reading(None, "more than one figure")
+    return _read_mask(parts == np.bincount(parts.ravel())[1:].argmax() + 1, NAMES[figure], NAMES[ground])
 
 
 def _read_mask(mask: NDArray[np.bool_], color: str, ground: str) -> Reading:
     height, width = mask.shape
-    rows, columns = np.flatnonzero(mask.sum(axis=1) > 1), np.flatnonzero(mask.sum(axis=0) > 1)
-    if not len(rows) or not len(columns):
-        return Reading(None, "no figure")
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     span = max(rows[-1] - rows[0], columns[-1] - columns[0]) + 1
     side = min(width, height)
     size = min(SPANS, key=lambda name: abs(span / side - SPANS[name]))
-    if abs(span / side - SPANS[size]) > 0.10:
+    if abs(span / side - SPANS[size]) > SPAN_TOLERANCE:
         return Reading(None, f"span {span / side:.2f} of the shorter side is neither small nor large")
     middle = ((columns[0] + columns[-1] + 1) / 2 / width, (rows[0] + rows[-1] + 1) / 2 / height)
     place = min(PLACES, key=lambda name: _far(PLACES[name], middle))

@@ -41,7 +41,7 @@ class Phase:
 
 PHASES = (
     Phase(steps=1300, size=64, batch=16, rate=1.5e-3),
-    Phase(steps=500, size=128, batch=8, rate=5e-4, decoder_only=True),
+    Phase(steps=1000, size=64, batch=16, rate=1e-3, decoder_only=True),
 )
 
 

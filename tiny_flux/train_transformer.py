@@ -25,7 +25,7 @@ from ..engine.models.t5 import T5Encoder
 from ..engine.sampling import make_sigmas, table_for
 from ..engine.sampling.latents import image_ids, patchify, text_ids, unpatchify
 from ..engine.specs import ClipTextSpec, FluxSpec, T5Spec
-from .data import SIZES, SQUARE, SceneLatents, pad_ids
+from .data import SIZES, SQUARE, SceneLatents, figure_weights, pad_ids
 from .scenes import HELD_OUT_SCENES, caption
 from .score import matches, to_uint8
 from .train_autoencoder import SPEC as AE_SPEC
@@ -52,7 +52,8 @@ class Recipe:
 
 RECIPES = {
     "dev": Recipe(DEV, steps=5700, batch=64, rate=2e-3, sizes_from=0.7, text_until=0.7),
-    "schnell": Recipe(SCHNELL, steps=2500, batch=32, rate=1e-3, sizes_from=0.0, text_until=0.0),
+    "dev-polish": Recipe(DEV, steps=2200, batch=64, rate=1.5e-3, sizes_from=0.1, text_until=0.8, size_share=0.1),
+    "schnell": Recipe(SCHNELL, steps=1300, batch=64, rate=1e-3, sizes_from=0.0, text_until=0.0, size_share=0.08),
 }
 SCHNELL_TIMES = (1.0, 0.75, 0.5, 0.25)
 
@@ -140,7 +141,7 @@ def step_loss(family: Family, data: SceneLatents, recipe: Recipe, progress: floa
     shaped = t[:, None, None, None]
     guidance = batch.guidance if recipe.spec.guidance_embed else None
     velocity = family.velocity(shaped * noise + (1 - shaped) * batch.latents, t, txt, pooled, guidance)
-    return (velocity.float() - (noise - batch.latents)).square().mean()
+    return (figure_weights(batch.latents) * (velocity.float() - (noise - batch.latents)).square()).mean()
 
 
 @torch.no_grad()
@@ -179,7 +180,8 @@ def train(recipe: Recipe, run: Path, autoencoder: Autoencoder, start_from: dict[
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         average, begin = saved["average"], saved["step"]
-    data, rng, began = SceneLatents(autoencoder, seed + begin), random.Random(seed + begin), time.time()
+    data = SceneLatents(autoencoder, seed + begin, run.parent / "latents")
+    rng, began = random.Random(seed + begin), time.time()
     running = 0.0
     for step in range(begin, recipe.steps):
         for optimizer, peak in zip(optimizers, peaks, strict=True):

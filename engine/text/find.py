@@ -1,4 +1,5 @@
-"""Where a tokenizer comes from: the weights file, beside it, the host's own copy, a local Hugging Face cache.
+"""Which file holds which text encoder, and where its tokenizer comes from: the weights file, beside it, the host's own
+copy, a local Hugging Face cache.
 
 The first hit counts; nothing is downloaded. A hit of the other encoder's kind (CLIP's tokenizer.json in a folder where
 T5's is looked for) is passed over; a hit that does not fit the encoder's embedding is an error, never skipped.
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Literal, overload
 
 from ..errors import BadInput, BadModelFile, MissingFile
-from ..weights.containers import Checkpoint, TensorInfo, open_checkpoint
+from ..weights import ROLE_NAMES, Checkpoint, TensorInfo, detect, open_checkpoint
 from .tokenizer import TOKENIZERS, ClipTokenizer, T5Tokenizer
 from .vocabulary import (
     MAX_FILE_BYTES,
@@ -29,6 +30,7 @@ from .vocabulary import (
 
 METADATA_KEY = "tokenizer.json"
 SPIECE_TENSOR = "spiece_model"
+ENCODERS_ADVICE = "FLUX.1 needs one CLIP-L and one T5 encoder: choose both"
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,32 @@ class _Search:
             self.passed.append(f"{source} (holds {kind}, {self.place.title} needs {expected})")
             return None
         return from_tokenizer_json(tree, source)
+
+
+def encoder_files(paths: Sequence[Path]) -> dict[str, Path]:
+    """The file of CLIP-L (`clip_l`) and of T5 (`t5`) among `paths`, in any order; one all-in-one file is enough.
+
+    BadModelFile, naming what every file is, if an encoder is missing or there twice.
+    """
+    found: dict[str, Path] = {}
+    told: dict[Path, str] = {}
+    for path in dict.fromkeys(paths):
+        with open_checkpoint(path) as checkpoint:
+            detection = detect(checkpoint)
+        told[path] = detection.family
+        for role in PLACES:
+            if role in detection.parts and not detection.parts[role].foreign:
+                if role in found:
+                    raise BadModelFile(path, f"both files hold {ROLE_NAMES[role]}: {found[role].name} too",
+                                       advice=ENCODERS_ADVICE)
+                found[role] = path
+    missing = [ROLE_NAMES[role] for role in PLACES if role not in found]
+    if missing:
+        useless = next((path for path in told if path not in found.values()), paths[0])
+        others = (f", {path.name} is {what}" for path, what in told.items() if path != useless)
+        raise BadModelFile(useless, f"this is {told[useless]}{''.join(others)}", expected=" and ".join(missing),
+                           advice=ENCODERS_ADVICE)
+    return found
 
 
 @overload

@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+from functools import cache
 from pathlib import Path
 
 import folder_paths
 
 from ...engine.errors import BadInput, MissingFile
+from ..names import check_name, shown
 
 log = logging.getLogger(__name__)
 
@@ -50,24 +52,36 @@ def list_files(kind: str) -> list[str]:
     if kind == "input":
         found = os.scandir(folder_paths.get_input_directory())
         return sorted(entry.name for entry in found if entry.name.lower().endswith(PICTURES) and entry.is_file())
-    names = folder_paths.get_filename_list(key_of(kind))
-    return sorted(name.replace("\\", "/") for name in names if name.lower().endswith(LISTED))
+    return [name for name in all_files(kind) if name.lower().endswith(LISTED)]
+
+
+def all_files(kind: str) -> list[str]:
+    """Every name of a kind: files that are not offered too, whose refusal by the loader tells more than "not there"."""
+    return sorted(name.replace("\\", "/") for name in folder_paths.get_filename_list(key_of(kind)))
 
 
 def resolve_file(kind: str, name: str) -> Path:
     """The file a workflow means: exact, else the only one of that base name. MissingFile names near matches."""
+    if not isinstance(name, str):  # in a workflow anything can stand where a name should
+        raise BadInput(f"{kind}: {shown(name)} is no file name")
     if kind == "input":
         return picture(name)
-    listed = list_files(kind)
+    known = all_files(kind)
     slashed = name.replace("\\", "/")
-    if slashed in listed:
+    if slashed in known:
         return path_of(kind, slashed)
     base = slashed.rpartition("/")[2].casefold()
-    same = [known for known in listed if known.rpartition("/")[2].casefold() == base]
+    same = [other for other in known if other.rpartition("/")[2].casefold() == base]
     if len(same) == 1:
-        log.warning("%s: '%s' is not there under that name; took '%s'", kind, name, same[0])
+        tell_once(kind, name, same[0])
         return path_of(kind, same[0])
-    raise MissingFile(not_found(kind, name, same, listed), file=name)
+    raise MissingFile(not_found(kind, name, same, known), file=shown(name))
+
+
+@cache
+def tell_once(kind: str, name: str, taken: str) -> None:
+    """Names are resolved many times a run."""
+    log.warning("%s: '%s' is not there under that name; took '%s'", kind, shown(name), taken)
 
 
 def path_of(kind: str, name: str) -> Path:
@@ -77,25 +91,26 @@ def path_of(kind: str, name: str) -> Path:
     return Path(path)
 
 
-def not_found(kind: str, name: str, same: list[str], listed: list[str]) -> str:
+def not_found(kind: str, name: str, same: list[str], known: list[str]) -> str:
     if same:
-        return (f"{kind}: '{name}' is not there under that name, and several files could be meant: "
+        return (f"{kind}: '{shown(name)}' is not there under that name, and several files could be meant: "
                 f"{', '.join(same[:8])}. Choose one of them")
-    bases = {known.rpartition("/")[2]: known for known in listed}
+    bases = {other.rpartition("/")[2]: other for other in known}
     wanted = name.replace("\\", "/").rpartition("/")[2][:255]
     near = [bases[match] for match in difflib.get_close_matches(wanted, list(bases), n=3, cutoff=0.5)]
-    hint = f"near: {', '.join(near)}" if near else f"{len(listed)} files are there"
+    hint = f"near: {', '.join(near)}" if near else f"{len(known)} files are there"
     places = " or ".join(map(str, roots(kind)[:2]))
-    return f"{kind}: '{name}' is in none of the folders ({hint}). Put it into {places}"
+    return f"{kind}: '{shown(name)}' is in none of the folders ({hint}). Put it into {places}"
 
 
 def picture(name: str) -> Path:
     """A picture of the input folder, or of the one its name is annotated with (`name [output]`)."""
     plain, place = folder_paths.annotated_filepath(name)
+    check_name(plain)
     root = Path(os.path.realpath(place or folder_paths.get_input_directory()))
     path = Path(os.path.realpath(root / plain))
     if not path.is_relative_to(root):
-        raise BadInput(f"picture '{name}' leaves its folder")
+        raise BadInput(f"picture '{shown(name)}' is a link that leaves {root}")
     if not path.is_file():
-        raise MissingFile(f"picture '{name}' is not in {root}", file=name)
+        raise MissingFile(f"picture '{shown(name)}' is not in {root}", file=shown(name))
     return path

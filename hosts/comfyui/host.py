@@ -25,6 +25,7 @@ from ...engine.models.flux import Flux
 from ...engine.specs import FLUX_AE
 from ...engine.text import TextEncoders
 from .. import Conditioning, Latent, Metadata, Progress
+from ..names import check_prefix
 from . import folders, objects, sampling, text
 
 SUPPORTED = [torch.bfloat16, torch.float16, torch.float32]
@@ -125,10 +126,10 @@ class ComfyHost:
     def save_images(self, images: Tensor, prefix: str, metadata: Metadata | None = None) -> list[dict[str, str]]:
         if not bool(torch.isfinite(images).all()):
             raise NotFinite("the picture holds NaN or infinity; nothing was saved")
-        root = folder_paths.get_output_directory()
-        target = os.path.abspath(os.path.join(root, os.path.normpath(prefix)))
-        if os.path.commonpath((os.path.abspath(root), target)) != os.path.abspath(root):
-            raise BadInput(f"file name prefix '{prefix}' leaves the output folder")
+        check_prefix(prefix)
+        root = os.path.realpath(folder_paths.get_output_directory())
+        if not Path(os.path.realpath(os.path.join(root, prefix))).is_relative_to(root):
+            raise BadInput(f"file name prefix '{prefix}' is a link that leaves the output folder")
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             prefix, root, images.shape[2], images.shape[1])
         texts = png_texts(metadata)

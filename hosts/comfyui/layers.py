@@ -6,7 +6,6 @@ are found by its memory management: all of that goes by attributes of `comfy.ops
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -66,12 +65,12 @@ class ScaleNorm(nn.Module):
         return F.rms_norm(x, scale.shape, scale, self.eps)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Layers:
     """An `ops` namespace."""
 
     RMSNorm: Any
-    attention: Callable[..., Tensor]
+    attention: Any
     Linear: Any = Linear
     Embedding: Any = Embedding
     Conv2d: Any = comfy.ops.manual_cast.Conv2d

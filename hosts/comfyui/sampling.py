@@ -61,6 +61,8 @@ def with_shift(model: Any, mu: float) -> Any:
 class Guider(comfy.samplers.CFGGuider):  # type: ignore[misc]
     """Classifier-free guidance while low <= sigma <= high; elsewhere the positive prompt alone, at half the cost."""
 
+    cfg: float
+
     def __init__(self, model: Any, positive: Conditioning, negative: Conditioning | None, cfg: float,
                  window: tuple[float, float] | None) -> None:
         super().__init__(model)
@@ -148,7 +150,7 @@ def sample(model: Any, positive: Conditioning, negative: Conditioning | None, la
 
 
 def reporter(model: Any, sigmas: Tensor) -> Callable[[int, Tensor, Tensor, int], None]:
-    """The host's previews and progress, after a look for NaN."""
+    """The host's previews and progress, after a look for NaN and for the user's wish to stop."""
     preview = latent_preview.prepare_callback(model, max(len(sigmas) - 1, 0))
 
     def report(step: int, denoised: Tensor, x: Tensor, total: int) -> None:
@@ -156,6 +158,7 @@ def reporter(model: Any, sigmas: Tensor) -> Callable[[int, Tensor, Tensor, int],
             raise NotFinite(f"step {step + 1} of {total} (sigma {float(sigmas[step]):.4f}) gave NaN or infinity, "
                             "nothing was saved; usual causes: weights or a LoRA with NaN, fp16 overflow (run in bf16 "
                             "or fp32), a very large cfg or LoRA strength")
+        comfy.model_management.throw_exception_if_processing_interrupted()
         preview(step, denoised, x, total)
 
     return report

@@ -81,6 +81,8 @@ class EncoderPair(nn.Module):
 
     def set_clip_options(self, options: dict[str, Any]) -> None:
         """The host's options; of these FLUX.1 has only the device to run on, where the host tells it."""
+        if options.get("layer") is not None:
+            log.warning("Set CLIP Last Layer was used: FLUX.1 knows no layers to stop at, and it is left out")
         self.load_device = options.get("execution_device", self.load_device)
 
     def reset_clip_options(self) -> None:

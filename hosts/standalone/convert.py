@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...engine.errors import BadWorkflow
+from ..names import shown
 from . import io
 from .graph import BYPASSED, MUTED, SUBGRAPH_INPUT, Document, Graph, Link, Node
-from .validation import Nodes, Prompt, shown, unknown_types
+from .validation import Nodes, Prompt, unknown_types
 from .widgets import dynamic_prompt, widget_values
 
 log = logging.getLogger(__name__)

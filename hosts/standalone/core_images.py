@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..names import check_prefix, problems
 from . import io
 from .host import here, metadata_of
 from .objects import checked_samples, resized
@@ -65,8 +66,8 @@ class LoadImage(io.ComfyNode):
             outputs=[io.Image.Output(), io.Mask.Output()])
 
     @classmethod
-    def validate_inputs(cls, image: str | None) -> bool | str:
-        return here().check_input_image(image)
+    def validate_inputs(cls, image: str | None = None) -> bool | str:
+        return problems(here().resolve_file, "input", image)
 
     @classmethod
     def fingerprint_inputs(cls, image: str | None = None, **_: Any) -> Any:
@@ -86,6 +87,10 @@ class SaveImage(io.ComfyNode):
                     io.String.Input("filename_prefix", default="ComfyUI", tooltip="Start of the name; may hold "
                                     "subfolders, %width%, %height%, %year%, %month%, %day%, %date:yyyy-MM-dd%.")],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo])
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
+        return problems(check_prefix, filename_prefix)
 
     @classmethod
     def execute(cls, images: Any, filename_prefix: str = "ComfyUI") -> io.NodeOutput:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from ...engine.errors import FluxKitError
+from ..names import problems
 from . import io
 from .host import here
 
@@ -22,13 +22,8 @@ def _file(name: str, kind: str, tooltip: str) -> io.Input:
 
 def _check(kind: str, *names: str | None) -> bool | str:
     """Answer of `validate_inputs` for file widgets: a name may differ in slashes, case or subfolder. None: linked."""
-    try:
-        for name in names:
-            if name is not None:
-                here().resolve_file(kind, name)
-    except FluxKitError as error:
-        return error.message
-    return True
+    answers = [problems(here().resolve_file, kind, name) for name in names]
+    return next((answer for answer in answers if answer is not True), True)
 
 
 class _FileNode(io.ComfyNode):

@@ -12,11 +12,11 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from ...engine.errors import BadInput, MissingFile
+from ..names import check_name, shown
 from .extra_paths import read_extra_paths
-from .validation import shown
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,6 @@ FOUND = (*LISTED, ".ckpt", ".pt", ".pth", ".bin")  # not offered, but the loader
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 YAML = "extra_model_paths.yaml"
 MAX_FILES = 100_000
-_DEVICE = re.compile(r"^(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³]) *(\..*)?$", re.IGNORECASE)
 
 
 @dataclass
@@ -50,6 +49,7 @@ class Folders:
     extra: Sequence[Path] = ()
     _roots: dict[str, list[Path]] = field(init=False, repr=False)
     _listings: dict[str, tuple[dict[Path, int], dict[str, Path]]] = field(init=False, repr=False, default_factory=dict)
+    _told: set[tuple[str, str]] = field(init=False, repr=False, default_factory=set)
 
     def __post_init__(self) -> None:
         roots: dict[str, list[Path]] = {kind: [] for kind in KINDS}
@@ -83,6 +83,8 @@ class Folders:
     def resolve_file(self, kind: str, name: str) -> Path:
         """The file that a workflow means. Models: exact, else the only file of that base name (slashes, case and
         subfolder may differ; what was taken is logged). Pictures: exact. MissingFile names near matches."""
+        if not isinstance(name, str):  # in a workflow anything can stand where a name should
+            raise BadInput(f"{kind}: {shown(name)} is no file name")
         if kind == "input":
             return self._picture(name)
         listing = self._listing(kind)
@@ -94,7 +96,9 @@ class Folders:
         same = {known: path for known, path in listing.items() if known.rpartition("/")[2].casefold() == base}
         if len(same) == 1:
             (known, path), = same.items()
-            log.warning("%s: '%s' is not there under that name; took '%s'", kind, shown(name), known)
+            if (kind, name) not in self._told:  # names are resolved many times a run
+                self._told.add((kind, name))
+                log.warning("%s: '%s' is not there under that name; took '%s'", kind, shown(name), known)
             return path
         raise MissingFile(self._not_found(kind, name, sorted(same), listing), file=shown(name))
 
@@ -145,30 +149,6 @@ def inside(root: Path, name: str) -> Path:
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
         raise BadInput(f"file name '{shown(name)}' is a link that leaves {root}")
     return path
-
-
-def check_name(name: str) -> tuple[str, ...]:
-    """The parts of a relative name that means a place below its folder on every system, Windows too; else BadInput."""
-    slashed = name.replace("\\", "/")
-    parts = PurePosixPath(slashed).parts
-    problem = None
-    if not name.strip() or not parts:
-        problem = "is empty"
-    elif any(ord(char) < 32 or ord(char) == 127 or 0xD800 <= ord(char) <= 0xDFFF for char in name):
-        problem = "holds control characters or halves of characters"
-    elif slashed.startswith("/") or ":" in name:
-        problem = "is no name relative to the folder (leading slash or colon)"
-    elif ".." in parts:
-        problem = "leaves its folder (..)"
-    elif any(_DEVICE.match(part.strip(" .")) for part in parts):
-        problem = "holds the name of a device"
-    elif any(part != part.rstrip(" .") for part in parts):
-        problem = "has a part that ends in a space or dot"
-    elif len(slashed.encode()) > 1024 or any(len(part.encode()) > 240 for part in parts):
-        problem = "is too long"
-    if problem is not None:
-        raise BadInput(f"file name '{shown(name)}' {problem}")
-    return parts
 
 
 def _walk(root: Path, seen: dict[Path, int]) -> Iterator[tuple[str, Path]]:

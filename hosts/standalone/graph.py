@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...engine.errors import BadWorkflow
-from .validation import shown
+from ..names import shown
 
 MUTED, BYPASSED = 2, 4
 SUBGRAPH_INPUT, SUBGRAPH_OUTPUT = "-10", "-20"  # ids that stand for a subgraph's own sockets

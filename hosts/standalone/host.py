@@ -23,13 +23,24 @@ from ...engine.models.t5 import T5Encoder
 from ...engine.models.tiling import ROWS, decode_tiled
 from ...engine.sampling import Denoiser, process_out, table_for
 from ...engine.specs import FLUX_AE
-from ...engine.text import TextEncoders, find_tokenizer
-from ...engine.weights import detect, load, open_checkpoint
+from ...engine.text import TextEncoders, encoder_files, find_tokenizer
+from ...engine.weights import load
 from .. import Conditioning, Latent, Metadata, Progress, current
 from . import io as _io
 from .folders import Folders
 from .images import read_image
-from .objects import Clip, Guider, Model, Noise, Sampled, Vae, cfg_window_in_sigmas, checked_samples, schedule_sigmas
+from .objects import (
+    Clip,
+    Guider,
+    Model,
+    Noise,
+    Sampled,
+    Vae,
+    cfg_window_in_sigmas,
+    check_latent_size,
+    checked_samples,
+    schedule_sigmas,
+)
 from .png import save_numbered, save_png
 
 log = logging.getLogger(__name__)
@@ -38,7 +49,6 @@ M = TypeVar("M", bound=nn.Module)
 ProgressBar = Callable[[int], Progress]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TILED_FROM = 2 * 1024 * 1024 // FLUX_AE.downscale**2  # latent pixels of an item
-ENCODER_ROLES = ("clip_l", "t5")
 
 
 def choose_device(name: str) -> torch.device:
@@ -110,7 +120,8 @@ class StandaloneHost:
         return sorted({*self.folders.list_files(kind), *(name for of_kind, name in self._named if of_kind == kind)})
 
     def resolve_file(self, kind: str, name: str) -> Path:
-        return self._named.get((kind, name)) or self.folders.resolve_file(kind, name)
+        named = self._named.get((kind, name)) if isinstance(name, str) else None
+        return named or self.folders.resolve_file(kind, name)
 
     def name_file(self, kind: str, path: Path) -> str:
         """The name by which nodes reach a file that the user named by its path, wherever it lies."""
@@ -125,15 +136,6 @@ class StandaloneHost:
         name = next(tail for tail in tails if self._named.get((kind, tail), real) == real)
         self._named[kind, name] = real
         return name
-
-    def check_input_image(self, name: str | None) -> bool | str:
-        """Answer of a node's `validate_inputs` for a picture name; None: linked."""
-        try:
-            if name is not None:
-                self.resolve_file("input", name)
-        except FluxKitError as error:
-            return error.message
-        return True
 
     def input_fingerprint(self, name: str | None) -> tuple[str, int, int] | None:
         """Changes when the picture's file does."""
@@ -166,7 +168,7 @@ class StandaloneHost:
 
     def load_text_encoders(self, paths: Sequence[Path], *, device: str | None = None) -> Clip:
         """CLIP from files that together hold CLIP-L and T5, in any order. `device` None: the host's own."""
-        found = self._encoder_files(paths)
+        found = encoder_files(paths)
         place = self.device if device is None else choose_device(device)
         dtype = self.dtype if place == self.device else choose_dtype("auto", place)
         clip = self._module(found["clip_l"], "clip_l", ClipText, dtype, place)
@@ -175,26 +177,6 @@ class StandaloneHost:
         encoders = TextEncoders(clip, find_tokenizer("clip_l", found["clip_l"], beside),
                                 t5, find_tokenizer("t5", found["t5"], beside))
         return self.wrap_clip(encoders, found["t5"])
-
-    def _encoder_files(self, paths: Sequence[Path]) -> dict[str, Path]:
-        """The file of each encoder role. BadModelFile, naming what the files are, if one is missing or there twice."""
-        found: dict[str, Path] = {}
-        told = []
-        for path in dict.fromkeys(paths):
-            with open_checkpoint(path) as checkpoint:
-                detection = detect(checkpoint)
-            told.append(f"{path.name} is {detection.role}")
-            for role in ENCODER_ROLES:
-                if role in detection.parts:
-                    if role in found:
-                        raise BadModelFile(path, f"both files hold {role}: {found[role].name} too",
-                                           advice="FLUX.1 needs one CLIP-L and one T5 encoder")
-                    found[role] = path
-        missing = [role for role in ENCODER_ROLES if role not in found]
-        if missing:
-            raise BadModelFile(paths[0], f"no {' and no '.join(missing)} encoder among the text encoder files",
-                               found=", ".join(told), advice="FLUX.1 needs one CLIP-L and one T5 encoder: choose both")
-        return found
 
     def load_vae(self, path: Path) -> Vae:
         """VAE of the autoencoder in a file. bf16 where the transformer runs in it; fp16 overflows in autoencoders."""
@@ -220,11 +202,14 @@ class StandaloneHost:
         return [[cond.cpu(), values]]
 
     def empty_latent(self, width: int, height: int, batch: int = 1, *, channels: int = FLUX_AE.z_channels) -> Latent:
-        """LATENT of zeros, each side of the picture divided by 8 and rounded down, as core's nodes do."""
-        pixels = FLUX_AE.downscale
-        if min(width, height) < pixels or batch < 1:
-            raise BadInput(f"a picture of {width} x {height}, {batch} of them, cannot be made")
-        return {"samples": torch.zeros(batch, channels, height // pixels, width // pixels)}
+        """LATENT of zeros, each side of the picture divided by 8 and rounded down, as core's nodes do; that is told."""
+        w, h = width // FLUX_AE.downscale, height // FLUX_AE.downscale
+        check_latent_size(w, h, batch)
+        made = w * FLUX_AE.downscale, h * FLUX_AE.downscale
+        if made != (width, height):
+            log.warning("a picture of %d x %d becomes %d x %d: sides are multiples of %d", width, height, *made,
+                        FLUX_AE.downscale)
+        return {"samples": torch.zeros(batch, channels, h, w)}
 
     def sample(self, model: Model, positive: Conditioning, negative: Conditioning | None, latent: Latent, *, seed: int,
                steps: int, cfg: float = 1.0, solver: str = "euler", schedule: str = "simple", denoise: float = 1.0,

@@ -19,6 +19,7 @@ from ...engine.models.flux import Flux
 from ...engine.sampling import FlowTable, image_seq_len, ksampler_sigmas, make_noise, make_sigmas
 from ...engine.specs import FLUX_AE
 from ...engine.text import TextEncoders
+from .images import MAX_FRAMES, MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,17 @@ def checked_samples(latent: dict[str, Any]) -> Tensor:
     return samples
 
 
+def check_latent_size(width: int, height: int, batch: int) -> None:
+    """BadInput for a latent `(batch, C, height, width)` that can be no picture, or one beyond the bounds on pictures:
+    a workflow of a stranger must not be able to fill the memory."""
+    sides = f"{width * FLUX_AE.downscale} x {height * FLUX_AE.downscale}"
+    if min(width, height, batch) < 1:
+        raise BadInput(f"{batch} pictures of {sides} cannot be made")
+    if width * height * FLUX_AE.downscale**2 > MAX_PIXELS or batch > MAX_FRAMES:
+        raise BadInput(f"{batch} pictures of {sides}: at most {MAX_FRAMES} of {MAX_PIXELS // 2**20} megapixels each "
+                       "are made at once")
+
+
 def tokens_of(latent: dict[str, Any]) -> int:
     """Image tokens the transformer sees for one item of this latent."""
     return image_seq_len(*checked_samples(latent).shape[-2:])
@@ -116,6 +128,7 @@ def cfg_window_in_sigmas(window: tuple[float, float], sigmas: Tensor) -> tuple[f
 
 def resized(samples: Tensor, width: int, height: int, method: str, crop: bool) -> Tensor:
     """Latents `(B, C, h, w)` -> `(B, C, height, width)`. `crop` keeps the aspect by cutting the longer side evenly."""
+    check_latent_size(width, height, len(samples))
     if crop:
         h, w = samples.shape[-2:]
         x, y = max(0, round((w - h * width / height) / 2)), max(0, round((h - w * height / width) / 2))

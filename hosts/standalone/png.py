@@ -43,7 +43,11 @@ def to_bytes(image: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 def save_png(image: Tensor, path: Path, metadata: Mapping[str, Any] | None = None) -> None:
     """Write one picture (H, W, 3 or 4) to exactly `path`; a file there is replaced, and never half a file is seen."""
-    data = _encoded(image, metadata)
+    replace_file(path, _encoded(image, metadata))
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file in one step: there is the old one, or none, until the new one is whole."""
     temporary = _written(path.parent, data)
     with _removed_on_failure(temporary):
         os.replace(temporary, path)

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from ...engine.errors import BadInput, BadWorkflow, FluxKitError
+from ..names import shown
 from . import io
 
 Prompt = dict[str, dict[str, Any]]  # {id: {"class_type", "inputs": {name: value or [id, slot]}, "_meta": {"title"}}}
@@ -35,13 +36,6 @@ def label(node_id: str, node: Mapping[str, Any]) -> str:
     """How errors name a node: its id, type, and title if it has one of its own."""
     title, kind = title_of(node), node["class_type"]
     return f"node {node_id} ({kind})" if title == kind else f'node {node_id} "{shown(title, 60)}" ({kind})'
-
-
-def shown(value: Any, limit: int = 100) -> str:
-    """`value` on one line, short, with nothing unprintable in it: workflow text is not to be trusted."""
-    text = value if isinstance(value, str) else repr(value)
-    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text[: limit + 1])
-    return text if len(text) <= limit else text[:limit] + "…"
 
 
 def is_link(value: Any) -> bool:
@@ -190,6 +184,8 @@ def _check_value(where: str, spec: io.Input, value: Any, unchecked: bool) -> Any
     if not isinstance(spec, io.WidgetInput) and spec.io_type != "*":
         raise BadInput(f"{where}: input {spec.id} takes a link ({spec.io_type}), not the value {shown(value)}")
     coerce = COERCIONS.get(spec.io_type)
+    if value is None and isinstance(spec, io.Combo.Input):  # to a node's own check None would mean a link
+        raise BadInput(f"{where}: input {spec.id} is null, {_allowed('', list(spec.options or []))}")
     if coerce is not None:
         try:
             value = coerce(value)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ...engine.errors import BadWorkflow, MissingFile
+from ..names import shown
 from .convert import to_prompt
 from .graph import read_document
 from .png import PNG_SIGNATURE, read_text
-from .validation import Nodes, Prompt, is_link, shown, title_of, unknown_types
+from .validation import Nodes, Prompt, is_link, title_of, unknown_types
 
 MAX_BYTES = 16 * 2**20
 MAX_DEPTH = 100  # nested brackets; the deepest official template has 12
@@ -40,7 +41,8 @@ def load_workflow(path: str | Path, nodes: Nodes, choose: random.Random | None =
     """
     path = Path(path)
     if not path.is_file():
-        raise MissingFile(f"{path}: there is no such workflow file", file=path)
+        kind = "a folder, not a workflow file" if path.is_dir() else "there is no such workflow file"
+        raise MissingFile(f"{path}: {kind}", file=path)
     try:
         with path.open("rb") as file:
             start = file.read(MAX_BYTES + 1)
@@ -76,6 +78,8 @@ def parse_json(data: bytes | str) -> Any:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
     except UnicodeDecodeError as error:
         raise BadWorkflow(f"not UTF-8 text (byte {error.start}), so no workflow JSON") from None
+    if not text.strip():
+        raise BadWorkflow("not JSON: there is nothing in it")
     depth = count = 0
     for match in _TOKEN.finditer(text):
         opens, closes = match.group() in ("[", "{"), match.group() in ("]", "}")

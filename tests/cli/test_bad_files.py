@@ -37,6 +37,12 @@ def nan_in_a_norm(family: Family, path: Path) -> None:
     save_file({**family.dev, name: torch.full_like(family.dev[name], float("nan"))}, path)
 
 
+def nan_in_a_large_weight(family: Family, path: Path) -> None:
+    """Not looked at when the file is opened: a real one has 24 GB of them."""
+    name = "single_blocks.0.linear1.weight"
+    save_file({**family.dev, name: torch.full_like(family.dev[name], float("nan"))}, path)
+
+
 def fill_model(family: Family, path: Path) -> None:
     save_file(random_weights(Flux(replace(DEV, in_channels=384)), 9), path)
 
@@ -85,3 +91,27 @@ def test_a_missing_file_names_the_option(tiny_models: Path, tmp_path: Path, monk
     assert main(["generate", "x", "--model", "absent.safetensors", "-o", "o.png"]) == 1
     err = capsys.readouterr().err
     assert "--model absent.safetensors" in err and err.count("\n") == 1
+
+
+def test_nan_in_the_middle_of_a_run_stops_it(family: Family, tiny_models: Path, tmp_path: Path,
+                                             monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    nan_in_a_large_weight(family, tmp_path / "m.safetensors")
+    assert main(["generate", "x", "--model", "m.safetensors", "-o", "o.png", "--json", "--steps", "3"]) == 1
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["type"] == "NotFinite" and "step 1 of 3" in error["message"]
+    assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+@pytest.mark.parametrize("option", ["--t5", "--clip"])
+def test_an_sdxl_encoder_is_named_in_either_place(tiny_models: Path, tmp_path: Path, option: str,
+                                                  monkeypatch: pytest.MonkeyPatch,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [f"text_model.encoder.layers.{i}.self_attn.q_proj.weight" for i in range(3)]
+    names += ["text_model.embeddings.token_embedding.weight"]
+    save_file({name: torch.zeros(1280, 1280).half() for name in names}, "g.safetensors")
+    assert main(["generate", "x", option, "g.safetensors", "-o", "o.png", "--json"]) == 1
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert Path(error["file"]).name == "g.safetensors" and "SDXL" in error["message"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from family import Family
 from flux_kit.cli import main
+from flux_kit.hosts.standalone.host import StandaloneHost
 from flux_kit.hosts.standalone.png import read_text
 from PIL import Image
 
@@ -140,14 +143,33 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
         assert (answer["code"], answer["error"]["type"]) == (2, "UsageError")
 
 
-def test_control_c_is_a_line_and_exit_code_1(monkeypatch: pytest.MonkeyPatch,
-                                             capsys: pytest.CaptureFixture[str]) -> None:
-    from flux_kit.hosts.standalone.host import StandaloneHost
+@pytest.fixture
+def _control_c_is_heard() -> Iterator[None]:
+    """As on a terminal; a shell starts its background jobs deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
-    def stopped(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(StandaloneHost, "decode", stopped)
-    answer = generate(capsys, *FAST, "-o", "o.png")
+@pytest.mark.usefixtures("_control_c_is_heard")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_a_line_and_exit_code_1(number: signal.Signals, monkeypatch: pytest.MonkeyPatch,
+                                            capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(number)
+    monkeypatch.setattr(StandaloneHost, "decode", lambda *_, **__: signal.raise_signal(number))
+    answer = generate(capsys, *FAST, "-o", "o.png", "--preview", "p.png")
     assert (answer["code"], answer["error"]["type"]) == (1, "Interrupted")
-    assert answer["err"].count("\n") == 1 and list(Path().iterdir()) == []
+    assert answer["err"].count("\n") == 1 and [path.name for path in Path().iterdir()] == ["p.png"]
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("words", [["-o", "there.png"], ["-o", "o.png", "--preview", "there.png"],
+                                   ["-o", "n" * 300 + ".png"], ["-o", "file/o.png"]])
+def test_what_cannot_be_written_is_told_before_anything_is_read(words: list[str],
+                                                                capsys: pytest.CaptureFixture[str]) -> None:
+    Path("there.png").mkdir()
+    Path("file").touch()
+    answer = generate(capsys, *FAST, *words, "--model", "absent.safetensors")
+    assert answer["code"] == 1 and "absent" not in answer["error"]["message"]
+    assert answer["err"].count("\n") == 1 and Path(answer["error"]["file"]).name in " ".join(words)
+    assert sorted(path.name for path in Path().rglob("*")) == ["file", "there.png"]

@@ -67,3 +67,12 @@ def test_help_and_import_load_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
     for word in ("--model", "--negative", "--count", "--guidance", "-o"):
         assert word in done.stdout
+
+
+def test_a_missing_package_is_named() -> None:
+    code = ("import sys; sys.modules['torch'] = None\n"
+            "from flux_kit.cli import main; sys.exit(main(['run', 'w.json', '--json']))")
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    error = json.loads(done.stdout)["error"]
+    assert "package torch" in error["message"] and "flux-kit[standalone]" in error["message"]

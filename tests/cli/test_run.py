@@ -97,7 +97,7 @@ def test_booleans_are_words(models: Path, capsys: pytest.CaptureFixture[str]) ->
 
 BAD_WORKFLOWS: dict[str, tuple[Any, str]] = {
     "cut off": (json.dumps(GOOD)[:100], "JSON"),
-    "empty": ("", "JSON"),
+    "empty": ("", "nothing in it"),
     "a list": ("[1, 2]", "no workflow"),
     "200 deep": ("[" * 200 + "]" * 200, "nested"),
     "50,000 deep": ('{"a":' * 50_000, "nested"),
@@ -111,10 +111,18 @@ BAD_WORKFLOWS: dict[str, tuple[Any, str]] = {
     "out of range": (changed("2", width=-5), "16 to 16384"),
     "not a number": (changed("2", width="wide"), "wide"),
     "missing file": (changed("1", vae_name="ea.safetensors"), "ae.safetensors"),
+    "file without a name": (changed("1", vae_name=5), "no file name"),
+    "file of an object": (changed("1", vae_name={"a": 1}), "no file name"),
+    "nothing chosen": (changed("1", vae_name=None), "null"),
     "file outside": (changed("1", vae_name="../../../etc/passwd"), "passwd"),
     "absolute file": (changed("1", vae_name="/etc/passwd"), "passwd"),
     "prefix outside": (changed("4", filename_prefix="../x"), "leaves its folder"),
     "absolute prefix": (changed("4", filename_prefix="/tmp/x"), "leading slash"),
+    "268 megapixels": (changed("2", width=16384, height=16384), "64 megapixels"),
+    "4096 pictures": (changed("2", batch_size=4096), "at most 64"),
+    "grown to 268 megapixels": (
+        {**changed("2", width=2048, height=2048), "3": {**GOOD["3"], "inputs": {"samples": ["5", 0], "vae": ["1", 0]}},
+         "5": {**upscaler("2"), "inputs": {**upscaler("2")["inputs"], "scale_by": 8.0}}}, "64 megapixels"),
     "unknown solver": ({**GOOD, "5": {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "magic"}},
                         "4": {**GOOD["4"], "inputs": {**GOOD["4"]["inputs"], "images": ["5", 0]}}}, "euler"),
     "no output": ({"1": GOOD["1"]}, "no output node"),
@@ -132,9 +140,24 @@ def test_bad_workflows_are_one_line_and_exit_code_1(models: Path, capsys: pytest
     assert written() == []
 
 
+def test_a_bad_prefix_is_told_with_all_else_before_the_run(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ours = {"class_type": "FluxKitSave", "inputs": {"images": ["3", 0], "filename_prefix": "C:/x"}}
+    workflow = {**changed("4", filename_prefix="a/../../%date:yyyy%"), "5": ours, "2": changed("2", width=-5)["2"]}
+    message = run(capsys, models, workflow)["error"]["message"]
+    for words in ("16 to 16384", "leaves its folder", "colon"):
+        assert words in message
+
+
 def test_all_unknown_nodes_are_listed_at_once(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = run(capsys, models, BAD_WORKFLOWS["unknown nodes"][0])["error"]["message"]
     assert "NopeA" in message and "NopeB" in message
+
+
+def test_a_size_that_is_rounded_is_told(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = run(capsys, models, changed("2", width=100))
+    with Image.open(answer["images"][0]) as picture:
+        assert picture.size == (96, 32)
+    assert answer["err"] == "flux-kit: a picture of 100 x 32 becomes 96 x 32: sides are multiples of 8\n"
 
 
 def test_settings_are_checked_like_the_file(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,6 +181,7 @@ def test_pngs_with_and_without_a_workflow(models: Path, capsys: pytest.CaptureFi
 
 def test_missing_paths(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "absent.json" in run(capsys, models, Path("absent.json"))["error"]["message"]
+    assert "a folder" in run(capsys, models, Path())["error"]["message"]
     for words in (["--models", "absent"], ["--input", "absent"]):
         answer = run(capsys, models, GOOD, *words)
         assert (answer["code"], answer["error"]["type"]) == (1, "MissingFile")

@@ -142,6 +142,16 @@ def test_a_cfg_window_limits_where_the_negative_prompt_acts(run_prompt: Any) -> 
     assert not torch.allclose(off, early, atol=1e-3) and not torch.allclose(always, early, atol=1e-3)
 
 
+def test_an_item_taken_out_of_a_batch_keeps_its_noise(run_prompt: Any, host: StandaloneHost) -> None:
+    loaded = run_prompt(LOAD, "load pos").outputs
+    model, positive = loaded["load"][0][0], loaded["pos"][0][0]
+    whole = host.sample(model, positive, None, host.empty_latent(48, 32, 3), seed=7, steps=2)
+    item = host.sample(model, positive, None, {**host.empty_latent(48, 32), "batch_index": [2]}, seed=7, steps=2)
+    assert item["batch_index"] == [2]
+    assert torch.allclose(whole["samples"][2:], item["samples"], atol=1e-5)
+    assert not torch.allclose(whole["samples"][:1], item["samples"], atol=1e-1)
+
+
 def test_encode_with_a_mask_repaints_only_there(run_prompt: Any, host: StandaloneHost) -> None:
     import numpy as np
     from PIL import Image

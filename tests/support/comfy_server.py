@@ -83,9 +83,12 @@ class Server:
     def submit(self, prompt: dict[str, Any]) -> str:
         """Id of a queued prompt. Failed if the server refuses it."""
         try:
-            return str(self.call("/prompt", {"prompt": prompt})["prompt_id"])
+            answer = self.call("/prompt", {"prompt": prompt})
         except urllib.error.HTTPError as error:
             raise Failed(error.read().decode(), kind="refused") from None
+        if answer["node_errors"]:  # a part of the prompt runs all the same
+            raise Failed(json.dumps(answer["node_errors"]), kind="refused")
+        return str(answer["prompt_id"])
 
     def result(self, prompt_id: str) -> dict[str, Any]:
         """Outputs by node of a prompt once it has ended."""

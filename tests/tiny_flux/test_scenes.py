@@ -21,7 +21,7 @@ from flux_kit.tiny_flux.scenes import (
     render,
 )
 from flux_kit.tiny_flux.score import held_out_cases, matches, read_picture
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 SCENES = st.sampled_from(all_scenes())
@@ -85,6 +85,7 @@ def test_areas_of_shapes() -> None:
         assert share[shape] == pytest.approx(expected[shape], abs=0.02)
 
 
+@settings(max_examples=50)
 @given(SCENES, SIDES, SIDES, st.integers(0, 2**32 - 1))
 def test_the_judge_reads_what_was_drawn(scene: Scene, width: int, height: int, seed: int) -> None:
     noise = np.random.default_rng(seed).normal(0, 4, (height, width, 3))
@@ -92,6 +93,7 @@ def test_the_judge_reads_what_was_drawn(scene: Scene, width: int, height: int, s
     assert read_picture(picture).scene == scene
 
 
+@settings(max_examples=50)
 @given(SCENES, SCENES)
 def test_the_judge_tells_scenes_apart(asked: Scene, shown: Scene) -> None:
     assert matches(asked, levels(shown)) is (asked == shown)

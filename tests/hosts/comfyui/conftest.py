@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from comfy_server import Host, Server, environment
 from flux_kit.cli import session
-from flux_kit.engine.sampling import FlowTable  # noqa: F401 - the package must be importable before a host is asked
 from flux_kit.hosts.standalone import io
 from flux_kit.hosts.standalone.executor import Executor
 from flux_kit.hosts.standalone.folders import Folders

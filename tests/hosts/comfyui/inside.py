@@ -1,4 +1,5 @@
-"""Run by the tests in a process of ComfyUI: usage inside.py CHECKOUT PACK. Prints one JSON object, check -> findings.
+"""Run by the tests in a process of ComfyUI: inside.py CHECKOUT PACK [CHECK ...]. Prints one JSON object, check ->
+findings.
 
 The pack is loaded as ComfyUI loads it, under a name that is a path. Oracle: the host's own Flux class with the same
 weights, driven by the host's own code.
@@ -8,16 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import importlib.util
+import inspect
 import json
 import logging
 import sys
 import traceback
-import types
+import weakref
 from pathlib import Path
 from typing import Any
 
-CHECKOUT, PACK = Path(sys.argv[1]), Path(sys.argv[2])
+CHECKOUT, PACK, ONLY = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
 sys.argv = ["main.py", "--cpu"]
 sys.path.insert(0, str(CHECKOUT))
 
@@ -35,8 +38,9 @@ import comfy.ops  # noqa: E402
 import comfy.patcher_extension  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.supported_models  # noqa: E402
-import nodes as core_nodes  # noqa: E402
 import torch  # noqa: E402
+
+import nodes as core_nodes  # noqa: E402
 
 NAME = "/somewhere/custom_nodes/flux-kit"
 TINY = PACK / "tiny_flux" / "models"
@@ -320,144 +324,85 @@ def estimates() -> Any:
     return found
 
 
-# -- what other packs do
-
-def classic_forward(self: Any, img: Any, img_ids: Any, txt: Any, txt_ids: Any, timesteps: Any, y: Any,
-                    guidance: Any = None, control: Any = None, transformer_options: Any = None,
-                    attn_mask: Any = None) -> Any:
-    """As packs that cache steps write it: the public parts of the class called in BFL's way."""
-    embedding = comfy.ldm.flux.layers.timestep_embedding
-    img = self.img_in(img)
-    vec = self.time_in(embedding(timesteps, 256).to(img.dtype))
-    if self.params.guidance_embed and guidance is not None:
-        vec = vec + self.guidance_in(embedding(guidance, 256).to(img.dtype))
-    vec = vec + self.vector_in(y[:, :self.params.vec_in_dim])
-    txt = self.txt_in(txt)
-    pe = self.pe_embedder(torch.cat((txt_ids, img_ids), dim=1))
-    modulation, _ = self.double_blocks[0].img_mod(vec)
-    normed = (1 + modulation.scale) * self.double_blocks[0].img_norm1(img) + modulation.shift
-    assert normed.shape == img.shape and modulation.scale.shape[1] == 1
-    for block in self.double_blocks:
-        img, txt = block(img=img, txt=txt, vec=vec, pe=pe, attn_mask=attn_mask)
-    x = torch.cat((txt, img), 1)
-    for block in self.single_blocks:
-        x = block(x, vec=vec, pe=pe, attn_mask=attn_mask)
-    return self.final_layer(x[:, txt.shape[1]:, ...], vec)
-
-
-class Together(torch.nn.Module):
-    """As packs that skip blocks write it: one module in place of a whole list."""
-
-    def __init__(self, blocks: Any) -> None:
-        super().__init__()
-        self.blocks = blocks
-
-    def forward(self, *streams: Any, **inputs: Any) -> Any:
-        out: Any = streams[0] if streams else (inputs.pop("img"), inputs.pop("txt"))
-        for block in self.blocks:
-            out = block(out, **inputs) if streams else block(img=out[0], txt=out[1], **inputs)
-        return out
-
-
 @check
-def other_packs() -> Any:
-    patcher, prompt = HOST.load_model(MODEL), conditioning()
-    network = patcher.model.diffusion_model
-    before = sampled(patcher, prompt)
-    found: dict[str, Any] = {"class": type(network).__name__}
-    swapped = patcher.clone()
-    swapped.add_object_patch("diffusion_model.forward_orig", types.MethodType(classic_forward, network))
-    found["forward_orig as object patch"] = relative(sampled(swapped, prompt), before)
-    original = network.forward_orig
-    network.forward_orig = classic_forward.__get__(network, type(network))
-    found["forward_orig set"] = relative(sampled(patcher, prompt), before)
-    network.forward_orig = original
-    swapped = patcher.clone()
-    swapped.add_object_patch("diffusion_model.double_blocks", torch.nn.ModuleList([Together(network.double_blocks)]))
-    swapped.add_object_patch("diffusion_model.single_blocks", torch.nn.ModuleList([Together(network.single_blocks)]))
-    found["block lists swapped"] = relative(sampled(swapped, prompt), before)
-    found["afterwards"] = relative(sampled(patcher, prompt), before)
-    return found
-
-
-# -- bad input and accidents
-
-def message(call: Any, *arguments: Any, **keywords: Any) -> str:
-    try:
-        call(*arguments, **keywords)
-    except ERRORS.FluxKitError as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
-@check
-def refusals() -> Any:
-    """Objects of other models, genuine ones of the host's classes."""
-    patcher, prompt = HOST.load_model(MODEL), conditioning()
+def control_net() -> Any:
+    """Core's ControlNet for Flux, of tiny sizes and random weights, by core's node."""
+    import comfy.controlnet
+    import comfy.latent_formats
+    import comfy.ldm.flux.controlnet
+    ours, prompt = HOST.load_model(MODEL), conditioning()
+    config = {name: value for name, value in OURS.params_of(ours.model.diffusion_model.spec).items()
+              if name in {field.name for field in dataclasses.fields(comfy.ldm.flux.model.FluxParams)}}
+    network = comfy.ldm.flux.controlnet.ControlNetFlux(latent_input=True, operations=comfy.ops.manual_cast,
+                                                       dtype=torch.float32, device="cpu", **config)
+    network.load_state_dict({name: random(*tensor.shape, size=0.2) for name, tensor in network.state_dict().items()})
+    control = comfy.controlnet.ControlNet(
+        network.requires_grad_(False), compression_ratio=1, latent_format=comfy.latent_formats.Flux(),
+        load_device=ours.load_device, manual_cast_dtype=torch.float32, extra_conds=["y", "guidance"])
+    picture = torch.rand(1, 96, 128, 3, generator=GENERATOR)
     vae = HOST.load_vae(TINY / "vae" / "tiny-ae.safetensors")
-    config = comfy.supported_models.SD15({"disable_unet_model_creation": True, "in_channels": 4, "adm_in_channels": None})
-    other = comfy.model_patcher.ModelPatcher(comfy.model_base.BaseModel(config), patcher.load_device,
-                                             patcher.offload_device)
-    wide = comfy.sd.CLIP(no_init=True)
-    wide.tokenizer, wide.tokenizer_options = comfy.sdxl_clip.SDXLTokenizer(), {}
-    wide.cond_stage_model = torch.nn.Identity()
-    empty = {"samples": torch.zeros(1, 16, 8, 8)}
-    run = {"seed": 1, "steps": 1}
-    return {
-        "model": message(HOST.sample, other, prompt, None, empty, **run),
-        "clip": message(HOST.encode_prompt, wide, "a"),
-        "vae": message(HOST.decode, comfy.sd.VAE(sd={}), empty),
-        "latent": message(HOST.sample, patcher, prompt, None, {"samples": random(1, 4, 8, 8)}, **run),
-        "decoded latent": message(HOST.decode, vae, {"samples": random(1, 4, 8, 8)}),
-        "nan": message(HOST.sample, patcher, prompt, None, {"samples": torch.full((1, 16, 8, 8), torch.nan)}, **run),
-        "empty of another width": message(HOST.sample, patcher, prompt, None,
-                                          {"samples": torch.zeros(1, 4, 8, 8)}, **run)}
+    positive, _ = core_nodes.ControlNetApplyAdvanced().apply_controlnet(
+        prompt, prompt, control, picture, 0.8, 0.0, 1.0, vae=vae)
+    mine = sampled(ours, positive)
+    return {"off": relative(mine, sampled(core_patcher(ours), positive)),
+            "changed": relative(mine, sampled(ours, prompt))}
 
 
 @check
-def accidents() -> Any:
-    """Out of memory, an interrupt, or NaN in the middle of a run; then the same run as before."""
-    patcher, prompt = HOST.load_model(MODEL), conditioning()
-    empty = {"samples": torch.zeros(1, 16, 8, 8)}
+def progress() -> Any:
+    """What the host's progress hook is told during a run of ours, with previews switched on."""
+    import comfy.cli_args
+    import comfy.utils
+    comfy.cli_args.args.preview_method = comfy.cli_args.LatentPreviewMethod.Latent2RGB
+    told: list[Any] = []
 
-    def run() -> torch.Tensor:
-        out: torch.Tensor = HOST.sample(patcher, prompt, None, empty, seed=1, steps=4)["samples"]
-        return out
+    def hook(value: int, total: int, preview: Any, **more: Any) -> None:
+        told.append([value, total, None if preview is None else list(preview[1].size)])
 
-    before, calls = run(), []
+    comfy.utils.set_progress_bar_global_hook(hook)
+    HOST.sample(HOST.load_model(MODEL), conditioning(), None, {"samples": torch.zeros(1, 16, 12, 16)}, seed=1, steps=3)
+    comfy.utils.set_progress_bar_global_hook(None)
+    comfy.cli_args.args.preview_method = comfy.cli_args.LatentPreviewMethod.NoPreviews
+    return {"told": told}
 
-    def after_two(action: Any) -> Any:
-        def hook(module: Any, inputs: Any, output: Any) -> Any:
-            calls.append(None)
-            return action(output) if len(calls) > 2 else output
-        return hook
 
-    def out_of_memory(output: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-
-    def interrupt(output: Any) -> Any:
-        comfy.model_management.interrupt_current_processing(True)
-        return output
-
-    found = {}
-    for name, action in {"out of memory": out_of_memory, "interrupt": interrupt,
-                         "nan": lambda output: output * torch.nan}.items():
-        calls.clear()
-        handle = patcher.model.diffusion_model.final_layer.register_forward_hook(after_two(action))
-        try:
-            run()
-            told = ""
-        except BaseException as error:  # noqa: BLE001 - newer hosts' interrupt is no Exception
-            told = f"{type(error).__name__}: {error}"
-        handle.remove()
-        found[name] = {"told": told, "again": relative(run(), before)}
+@check
+def lifetime() -> Any:
+    """Nothing is left of models that nobody holds, nothing lies on a mapped file, and the host can load them anew."""
+    patchers = {"model": HOST.load_model(MODEL), "clip": HOST.load_text_encoders(ENCODERS).patcher,
+                "vae": HOST.load_vae(TINY / "vae" / "tiny-ae.safetensors").patcher}
+    found: dict[str, Any] = {}
+    gone = {}
+    for name, patcher in patchers.items():
+        factory, arguments = patcher.cached_patcher_init[:2]
+        again = factory(*arguments, disable_dynamic=True)
+        pairs = zip(patcher.model.state_dict().values(), again.model.state_dict().values(), strict=True)
+        found[name] = {"same": all(torch.equal(a, b) for a, b in pairs), "apart": again.model is not patcher.model,
+                       "mapped": sum(not p.untyped_storage().resizable() for p in patcher.model.parameters())}
+        asked = inspect.signature(patcher.clone).parameters
+        if "force_deepcopy" in asked:
+            copy = patcher.clone(force_deepcopy=True)
+            found[name]["deep copy apart"] = copy.model is not patcher.model
+        gone[name] = weakref.ref(patcher.model)
+        comfy.model_management.load_models_gpu([patcher])
+        patcher = again = copy = pairs = None
+    patchers.clear()
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    for name, reference in gone.items():
+        found[name]["freed"] = reference() is None
     return found
 
 
 def main() -> None:
+    sys.modules["inside"] = sys.modules["__main__"]
+    sys.path.insert(0, str(Path(__file__).parent))
+    import inside_accidents  # noqa: F401 - its checks enter themselves
     torch.set_num_threads(1)
     found = {}
     for name, function in CHECKS.items():
+        if ONLY and name not in ONLY:
+            continue
         try:
             with torch.inference_mode():
                 found[name] = function()

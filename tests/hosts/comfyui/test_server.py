@@ -6,18 +6,22 @@ import json
 import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from comfy_server import Failed, Server
+from flux_kit.cli import main
 from flux_kit.hosts.standalone.png import read_text
+from flux_kit.hosts.standalone.workflow import load_workflow
 from PIL import Image
 from prompts import Prompt, core, core_loader, encoded, flux_kit, node
 from torch import Tensor
 
 SAME = 1e-5
+EXAMPLES = Path(__file__).parents[3] / "example_workflows"
 Standalone = Callable[[Prompt], dict[str, Tensor]]
 
 
@@ -127,6 +131,29 @@ def test_core_s_loader_and_ours_agree(server: Server, core_can_load: bool, make:
     assert relative(server.latents(make())["latent"], server.latents(core_loader(make()))["latent"]) <= SAME
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.json")))
+def test_examples_make_the_pictures_of_flux_kit_run(server: Server, standalone: Standalone, name: str,
+                                                    tmp_path: Path) -> None:
+    small = {"steps": 2, "megapixels": 0.01}
+    from flux_kit.cli.session import node_classes
+    prompt = load_workflow(EXAMPLES / name, node_classes()).prompt
+    for entry in prompt.values():
+        if entry["class_type"] == "FluxKitLoadFlux":
+            entry["inputs"] = flux_kit()["load"]["inputs"]
+    prompt = {key: {**entry, "inputs": {**entry["inputs"], **{name: small[name] for name in small
+                                                              if name in entry["inputs"]}}}
+              for key, entry in prompt.items()}
+    (tmp_path / "prompt.json").write_text(json.dumps(prompt))
+    here = [image for told in server.run(prompt).values() for image in told.get("images", [])]
+    where = ["--out", str(tmp_path), "--dtype", "fp32", "--device", "cpu"]
+    assert main(["run", str(tmp_path / "prompt.json"), *where]) == 0
+    there = sorted(tmp_path.rglob("*.png"))
+    assert len(here) == len(there) >= 1
+    for mine, theirs in zip(here, there, strict=True):
+        first, second = (np.array(Image.open(path), dtype=np.int16) for path in (server.path_of(mine), theirs))
+        assert first.std() > 10 and np.abs(first - second).max() <= 1
+
+
 def test_saved_pictures_carry_the_workflow(server: Server) -> None:
     prompt = flux_kit()
     path = server.path_of(server.run(prompt)["save"]["images"][0])
@@ -151,7 +178,7 @@ BAD: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
                                             clip_l="tiny-clip_l.safetensors", t5="tiny-clip_l.safetensors",
                                             vae="tiny-ae.safetensors")}, "no t5 encoder among"),
     "leaves the output folder": ({"save": node("FluxKitSave", images=["decode", 0], filename_prefix="../../x")},
-                                 "leaves the output folder"),
+                                 "leaves its folder"),
 }
 
 

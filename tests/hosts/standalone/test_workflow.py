@@ -344,7 +344,7 @@ def test_api_format():
 
 
 @pytest.mark.parametrize(("text", "said"), [
-    (b"", "not JSON"),
+    (b"", "not JSON: there is nothing"),
     (b"{", "not JSON: .*line 1, column 2"),
     (b'{"nodes": [}', "not JSON: .*column 12"),
     (b"\xff\xfe{\x00", "not UTF-8"),

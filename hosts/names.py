@@ -1,0 +1,61 @@
+"""Names that workflows of strangers give to files: shown safely, and checked before they are paths."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import PurePosixPath
+from typing import Any
+
+from ..engine.errors import BadInput, FluxKitError
+
+_DEVICE = re.compile(r"^(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³]) *(\..*)?$", re.IGNORECASE)
+_TOKEN = re.compile(r"%[^%]+%")
+
+
+def shown(value: Any, limit: int = 100) -> str:
+    """`value` on one line, short, with nothing unprintable in it: workflow text is not to be trusted."""
+    text = value if isinstance(value, str) else repr(value)
+    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text[: limit + 1])
+    return text if len(text) <= limit else text[:limit] + "…"
+
+
+def check_name(name: str) -> tuple[str, ...]:
+    """The parts of a relative name that means a place below its folder on every system, Windows too; else BadInput."""
+    slashed = name.replace("\\", "/")
+    parts = PurePosixPath(slashed).parts
+    problem = None
+    if not name.strip() or not parts:
+        problem = "is empty"
+    elif any(ord(char) < 32 or ord(char) == 127 or 0xD800 <= ord(char) <= 0xDFFF for char in name):
+        problem = "holds control characters or halves of characters"
+    elif slashed.startswith("/") or ":" in name:
+        problem = "is no name relative to the folder (leading slash or colon)"
+    elif ".." in parts:
+        problem = "leaves its folder (..)"
+    elif any(_DEVICE.match(part.strip(" .")) for part in parts):
+        problem = "holds the name of a device"
+    elif any(part != part.rstrip(" .") for part in parts):
+        problem = "has a part that ends in a space or dot"
+    elif len(slashed.encode()) > 1024 or any(len(part.encode()) > 240 for part in parts):
+        problem = "is too long"
+    if problem is not None:
+        raise BadInput(f"file name '{shown(name)}' {problem}")
+    return parts
+
+
+def check_prefix(prefix: str) -> None:
+    """BadInput for a save prefix that cannot be, whatever its tokens (`%width%`, `%date:yyyy%`) stand for; so that a
+    node can tell before the run. What the tokens became is checked again when the file is named."""
+    check_name(_TOKEN.sub("x", prefix).rstrip("/\\") + "_")
+
+
+def problems(check: Callable[..., Any], *arguments: Any) -> bool | str:
+    """What a node's `validate_inputs` answers for a check that raises: True, or the reason. An argument that is None
+    is linked: nothing can be said of it before the run."""
+    try:
+        if None not in arguments:
+            check(*arguments)
+    except FluxKitError as error:
+        return error.message
+    return True
