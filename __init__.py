@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-WEB_DIRECTORY = "./web"
-
 
 async def comfy_entrypoint() -> Any:
     """ComfyUI's extension with all nodes. The host is chosen first: node classes are built from its io."""

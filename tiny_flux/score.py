@@ -29,7 +29,19 @@ from ..engine.models.t5 import T5Encoder
 from ..engine.sampling import Denoiser, image_seq_len, make_sigmas, sample, table_for
 from ..engine.text import TextEncoders, find_tokenizer
 from ..engine.weights import load
-from .scenes import HELD_OUT_SCENES, PALETTE, PLACES, SHAPES, SPANS, Scene, caption, render, shape_mask
+from .scenes import (
+    HELD_OUT_SCENES,
+    PALETTE,
+    PLACES,
+    RING_HOLE,
+    SHAPES,
+    SPANS,
+    STAR_INNER,
+    Scene,
+    caption,
+    render,
+    shape_mask,
+)
 
 FLAT_TOLERANCE = 20          # levels: how far a flat colour may be from its palette entry
 SPAN_TOLERANCE = 0.105       # of the shorter side; a star's fading tips take up to 0.06
@@ -91,8 +103,7 @@ def _read_mask(mask: NDArray[np.bool_], color: str, ground: str) -> Reading:
     place = min(PLACES, key=lambda name: _far(PLACES[name], middle))
     if _far(PLACES[place], middle) > 0.09:
         return Reading(None, f"figure at {middle[0]:.2f}, {middle[1]:.2f} is in no named place")
-    box = ((columns[0] + columns[-1] + 1) / 2, (rows[0] + rows[-1] + 1) / 2)
-    likeness = {shape: _likeness(mask, shape, box, float(span)) for shape in SHAPES}
+    likeness = {shape: _likeness(mask, shape) for shape in SHAPES}
     shape = max(likeness, key=lambda name: likeness[name])
     if likeness[shape] < 0.68:
         return Reading(None, f"no known shape (best {shape}, overlap {likeness[shape]:.2f})")
@@ -103,20 +114,23 @@ def _far(a: tuple[float, float], b: tuple[float, float]) -> float:
     return max(abs(a[0] - b[0]), abs(a[1] - b[1]))
 
 
-def _likeness(mask: NDArray[np.bool_], shape: str, center: tuple[float, float], span: float) -> float:
-    """Best intersection over union with an ideal shape of about the same bounding box.
+AREAS = {"circle": np.pi, "square": 4.0, "triangle": 2.0, "ring": np.pi * (1 - RING_HOLE**2),
+         "star": 5 * STAR_INNER * np.sin(np.pi / 5)}      # of span 2
 
-    Thin tips fade, so the box may come out a few per cent short: a few spans and heights are tried.
+
+def _likeness(mask: NDArray[np.bool_], shape: str) -> float:
+    """Intersection over union with an ideal shape of the same area and centre of gravity.
+
+    Not of the same box: one stray pixel or a faded tip moves a box, and hardly an area.
     """
-    height, width = mask.shape
-    x, y = np.arange(width) + 0.5 - center[0], np.arange(height) + 0.5 - center[1]
-    best = 0.0
-    for stretch in (1.0, 1.06, 1.12):
-        radius = span * stretch / 2
-        for lower in (-0.05, 0.0, 0.05, 0.1):  # a star's box lies higher than its centre
-            ideal = shape_mask(shape, x[None, :] / radius, y[:, None] / radius - lower)
-            best = max(best, float((mask & ideal).sum() / max(1, (mask | ideal).sum())))
-    return best
+    radius = float(np.sqrt(mask.sum() / AREAS[shape]))
+    rows, columns = np.nonzero(mask)
+    middle_x, middle_y = columns.mean() + 0.5, rows.mean() + 0.5
+    if shape == "triangle":  # its centre of gravity lies a third of its half height below its middle
+        middle_y -= radius / 3
+    x, y = np.arange(mask.shape[1]) + 0.5 - middle_x, np.arange(mask.shape[0]) + 0.5 - middle_y
+    ideal = shape_mask(shape, x[None, :] / radius, y[:, None] / radius)
+    return float((mask & ideal).sum() / max(1, (mask | ideal).sum()))
 
 
 def matches(asked: Scene, picture: NDArray[np.uint8]) -> bool:

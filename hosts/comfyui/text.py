@@ -15,19 +15,18 @@ import comfy.sd
 import torch
 from torch import Tensor, nn
 
-from ...engine.errors import BadInput, BadModelFile, NotFinite
+from ...engine.errors import BadInput, NotFinite
 from ...engine.models.clip import ClipText
 from ...engine.models.t5 import T5Encoder
 from ...engine.specs import T5_XXL
-from ...engine.text import TextEncoders, Token, find_tokenizer
+from ...engine.text import TextEncoders, Token, encoder_files, find_tokenizer
 from ...engine.text.tokenizer import T5_MIN_LENGTH
-from ...engine.weights import detect, load, open_checkpoint
+from ...engine.weights import load
 from .. import Conditioning
 from .layers import adopt, plain_layers
 
 log = logging.getLogger(__name__)
 
-ROLES = ("clip_l", "t5")
 Row = list[tuple[Any, ...]]  # (id, weight) or (id, weight, word)
 
 
@@ -131,27 +130,6 @@ def load_clip(paths: Sequence[Path], beside: Sequence[Path]) -> Any:
     encoders = TextEncoders(clip, find_tokenizer("clip_l", found["clip_l"], beside),
                             t5, find_tokenizer("t5", found["t5"], beside))
     return make_clip(encoders, [str(path) for path in paths])
-
-
-def encoder_files(paths: Sequence[Path]) -> dict[str, Path]:
-    """The file of each encoder. BadModelFile, naming what the files are, if one is missing or there twice."""
-    found: dict[str, Path] = {}
-    told = []
-    for path in dict.fromkeys(paths):
-        with open_checkpoint(path) as checkpoint:
-            detection = detect(checkpoint)
-        told.append(f"{path.name} is {detection.role}")
-        for role in ROLES:
-            if role in detection.parts:
-                if role in found:
-                    raise BadModelFile(path, f"both files hold {role}: {found[role].name} too",
-                                       advice="FLUX.1 needs one CLIP-L and one T5 encoder")
-                found[role] = path
-    missing = [role for role in ROLES if role not in found]
-    if missing:
-        raise BadModelFile(paths[0], f"no {' and no '.join(missing)} encoder among the text encoder files",
-                           found=", ".join(told), advice="FLUX.1 needs one CLIP-L and one T5 encoder: choose both")
-    return found
 
 
 def encode(clip: Any, clip_text: str, t5_text: str | None, guidance: float | None, t5_length: int | None
