@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import PurePosixPath
 from typing import Any
 
-from ..engine.errors import BadInput, FluxKitError
+from ..engine.errors import BadInput, FluxKitError, MissingFile
 
 _DEVICE = re.compile(r"^(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³]) *(\..*)?$", re.IGNORECASE)
 _TOKEN = re.compile(r"%[^%]+%")
@@ -18,6 +19,29 @@ def shown(value: Any, limit: int = 100) -> str:
     text = value if isinstance(value, str) else repr(value)
     text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text[: limit + 1])
     return text if len(text) <= limit else text[:limit] + "…"
+
+
+def choose_name(kind: str, name: Any, known: Collection[str], places: str) -> str:
+    """Which of the `known` files of a kind a workflow means by `name`: the exact one, else the only one of that base
+    name (slashes, case and subfolder may differ). MissingFile names near matches, or `places` to put the file into."""
+    if not isinstance(name, str):  # in a workflow anything can stand where a name should
+        raise BadInput(f"{kind}: {shown(name)} is no file name")
+    slashed = name.replace("\\", "/")
+    for spelling in (name, slashed):
+        if spelling in known:
+            return spelling
+    wanted = slashed.rpartition("/")[2]
+    same = sorted(other for other in known if other.rpartition("/")[2].casefold() == wanted.casefold())
+    if len(same) == 1:
+        return same[0]
+    if same:
+        problem = f"under that name, and several files could be meant: {', '.join(same[:8])}. Choose one of them"
+        raise MissingFile(f"{kind}: '{shown(name)}' is not there {problem}", file=shown(name))
+    bases = {other.rpartition("/")[2]: other for other in known}
+    near = [bases[base] for base in difflib.get_close_matches(wanted[:255], list(bases), n=3, cutoff=0.5)]
+    hint = f"near: {', '.join(near)}" if near else f"{len(known)} files are there"
+    raise MissingFile(f"{kind}: '{shown(name)}' is in none of the folders ({hint}). Put it into {places}",
+                      file=shown(name))
 
 
 def check_name(name: str) -> tuple[str, ...]:

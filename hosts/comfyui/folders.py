@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 from functools import cache
@@ -11,7 +10,7 @@ from pathlib import Path
 import folder_paths
 
 from ...engine.errors import BadInput, MissingFile
-from ..names import check_name, shown
+from ..names import check_name, choose_name, shown
 
 log = logging.getLogger(__name__)
 
@@ -62,20 +61,12 @@ def all_files(kind: str) -> list[str]:
 
 def resolve_file(kind: str, name: str) -> Path:
     """The file a workflow means: exact, else the only one of that base name. MissingFile names near matches."""
-    if not isinstance(name, str):  # in a workflow anything can stand where a name should
-        raise BadInput(f"{kind}: {shown(name)} is no file name")
-    if kind == "input":
+    if kind == "input" and isinstance(name, str):
         return picture(name)
-    known = all_files(kind)
-    slashed = name.replace("\\", "/")
-    if slashed in known:
-        return path_of(kind, slashed)
-    base = slashed.rpartition("/")[2].casefold()
-    same = [other for other in known if other.rpartition("/")[2].casefold() == base]
-    if len(same) == 1:
-        tell_once(kind, name, same[0])
-        return path_of(kind, same[0])
-    raise MissingFile(not_found(kind, name, same, known), file=shown(name))
+    taken = choose_name(kind, name, all_files(kind), " or ".join(map(str, roots(kind)[:2])))
+    if taken != name.replace("\\", "/"):
+        tell_once(kind, name, taken)
+    return path_of(kind, taken)
 
 
 @cache
@@ -89,18 +80,6 @@ def path_of(kind: str, name: str) -> Path:
     if path is None:
         raise MissingFile(f"{kind}: '{name}' was there a moment ago and is gone", file=name)
     return Path(path)
-
-
-def not_found(kind: str, name: str, same: list[str], known: list[str]) -> str:
-    if same:
-        return (f"{kind}: '{shown(name)}' is not there under that name, and several files could be meant: "
-                f"{', '.join(same[:8])}. Choose one of them")
-    bases = {other.rpartition("/")[2]: other for other in known}
-    wanted = name.replace("\\", "/").rpartition("/")[2][:255]
-    near = [bases[match] for match in difflib.get_close_matches(wanted, list(bases), n=3, cutoff=0.5)]
-    hint = f"near: {', '.join(near)}" if near else f"{len(known)} files are there"
-    places = " or ".join(map(str, roots(kind)[:2]))
-    return f"{kind}: '{shown(name)}' is in none of the folders ({hint}). Put it into {places}"
 
 
 def picture(name: str) -> Path:

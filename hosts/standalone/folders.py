@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...engine.errors import BadInput, MissingFile
-from ..names import check_name, shown
+from ..names import check_name, choose_name, shown
 from .extra_paths import read_extra_paths
 
 log = logging.getLogger(__name__)
@@ -83,36 +83,15 @@ class Folders:
     def resolve_file(self, kind: str, name: str) -> Path:
         """The file that a workflow means. Models: exact, else the only file of that base name (slashes, case and
         subfolder may differ; what was taken is logged). Pictures: exact. MissingFile names near matches."""
-        if not isinstance(name, str):  # in a workflow anything can stand where a name should
-            raise BadInput(f"{kind}: {shown(name)} is no file name")
-        if kind == "input":
+        if kind == "input" and isinstance(name, str):
             return self._picture(name)
         listing = self._listing(kind)
-        slashed = name.replace("\\", "/")
-        for spelling in (name, slashed):
-            if spelling in listing:
-                return listing[spelling]
-        base = slashed.rpartition("/")[2].casefold()
-        same = {known: path for known, path in listing.items() if known.rpartition("/")[2].casefold() == base}
-        if len(same) == 1:
-            (known, path), = same.items()
-            if (kind, name) not in self._told:  # names are resolved many times a run
-                self._told.add((kind, name))
-                log.warning("%s: '%s' is not there under that name; took '%s'", kind, shown(name), known)
-            return path
-        raise MissingFile(self._not_found(kind, name, sorted(same), listing), file=shown(name))
-
-    def _not_found(self, kind: str, name: str, same: list[str], listing: dict[str, Path]) -> str:
-        if same:
-            return (f"{kind}: '{shown(name)}' is not there under that name, and several files could be meant: "
-                    f"{', '.join(same[:8])}. Choose one of them")
-        bases = {known.rpartition("/")[2]: known for known in listing}
-        wanted = name.replace("\\", "/").rpartition("/")[2][:255]
-        near = [bases[base] for base in difflib.get_close_matches(wanted, list(bases), n=3, cutoff=0.5)]
-        folders = " or ".join(str(path) for path in self._roots.get(OLD_KINDS.get(kind, kind), [])[:2])
-        hint = f"near: {', '.join(near)}" if near else f"{len(listing)} files are there"
-        return (f"{kind}: '{shown(name)}' is in none of the folders ({hint}). Put it into "
-                f"{folders or 'a models folder given by --models'}")
+        places = " or ".join(str(path) for path in self._roots.get(OLD_KINDS.get(kind, kind), [])[:2])
+        taken = choose_name(kind, name, listing, places or "a models folder given by --models")
+        if taken not in (name, name.replace("\\", "/")) and (kind, name) not in self._told:
+            self._told.add((kind, name))  # names are resolved many times a run
+            log.warning("%s: '%s' is not there under that name; took '%s'", kind, shown(name), taken)
+        return listing[taken]
 
     def _listing(self, kind: str) -> dict[str, Path]:
         """Name -> path of all model files of a kind, kept until a folder changes: schemas ask many times a run."""
