@@ -19,8 +19,8 @@ demo: $(VENV)/.setup-run
 	$(BIN)/flux-kit generate "a large green triangle in the center on a white background" -o demo_output/triangle.png
 	$(BIN)/flux-kit generate "a small purple square at the bottom on an orange background" -o demo_output/square.png
 	$(BIN)/flux-kit generate "a large white ring on the right on a purple background" -o demo_output/ring.png
-	$(BIN)/flux-kit generate "a small blue circle in the centre on a yellow background" \
-		--width 192 --height 128 -o demo_output/wide.png
+	$(BIN)/flux-kit generate "a small blue circle in the centre on a yellow background" --steps 4 \
+		--model $(CURDIR)/tiny_flux/models/diffusion_models/tiny-flux-schnell.safetensors -o demo_output/schnell.png
 	@echo "The pictures are in demo_output/"
 
 test: $(VENV)/.setup-test

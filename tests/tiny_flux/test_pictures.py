@@ -17,7 +17,7 @@ from flux_kit.tiny_flux.scenes import HELD_OUT_SCENES, Scene
 from flux_kit.tiny_flux.score import Case, Studio, held_out_cases, matches, read_picture, round_trip_psnr, score
 from PIL import Image
 
-DEV_FLOOR, SCHNELL_FLOOR, PADDING_FLOOR = 0.6, 0.7, 0.55
+DEV_FLOOR, SCHNELL_FLOOR, PADDING_FLOOR = 0.75, 0.75, 0.6
 EXAMPLES = Path(__file__).parents[2] / "example_workflows"
 MODELS = Path(__file__).parents[2] / "tiny_flux" / "models"
 
