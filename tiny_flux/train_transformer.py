@@ -227,19 +227,30 @@ def _save(run: Path, family: Family, optimizers: list[torch.optim.Optimizer], av
     save_file({k: v.contiguous() for k, v in average.items()}, run / "average.safetensors")
 
 
+def trained_state(path: Path) -> dict[str, Tensor]:
+    """A family's state from the average of a run, or from the files of a models folder."""
+    if path.is_file():
+        return load_file(path)
+    files = {"flux.": "diffusion_models/tiny-flux-dev", "t5.": "text_encoders/tiny-t5",
+             "clip.": "text_encoders/tiny-clip_l"}
+    return {prefix + name: value.float() for prefix, file in files.items()
+            for name, value in load_file(path / f"{file}.safetensors").items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("member", choices=RECIPES)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--autoencoder", type=Path, required=True)
-    parser.add_argument("--start-from", type=Path, help="average.safetensors of a trained member")
+    parser.add_argument("--start-from", type=Path,
+                        help="average.safetensors of a trained member, or a models folder with tiny-flux-dev")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="compile the blocks: a fifth faster after two minutes")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     autoencoder = Autoencoder(AE_SPEC).eval().requires_grad_(False)
     autoencoder.load_state_dict(load_file(arguments.autoencoder))
-    start_from = load_file(arguments.start_from) if arguments.start_from else None
+    start_from = trained_state(arguments.start_from) if arguments.start_from else None
     train(RECIPES[arguments.member], arguments.run, autoencoder, start_from, arguments.seed, arguments.compile)
 
 

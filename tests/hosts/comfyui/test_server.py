@@ -176,7 +176,8 @@ BAD: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
     "cfg without negative": ({"sampler": flux_kit(cfg=3.0)["sampler"]}, "cfg 3.0 needs a negative prompt"),
     "text encoder as model": ({"load": node("FluxKitLoadFlux", model="tiny-flux-dev.safetensors",
                                             clip_l="tiny-clip_l.safetensors", t5="tiny-clip_l.safetensors",
-                                            vae="tiny-ae.safetensors")}, "this is a CLIP-L text encoder; expected a T5 text encoder"),
+                                            vae="tiny-ae.safetensors")},
+                              "this is a CLIP-L text encoder; expected a T5 text encoder"),
     "leaves the output folder": ({"save": node("FluxKitSave", images=["decode", 0], filename_prefix="../../x")},
                                  "leaves its folder"),
 }
