@@ -11,12 +11,13 @@ from .latents import (
     process_in,
     process_out,
 )
-from .sample import cut_sigmas, ksampler_sigmas, sample
+from .sample import cfg_window_in_sigmas, cut_sigmas, ksampler_sigmas, sample
 from .sigmas import DEV_TABLE, SCHEDULES, SCHNELL_TABLE, FlowTable, make_sigmas, mu_for_seq_len, table_for
 from .solvers import SOLVERS
 
 __all__ = [
-    "DEV_TABLE", "SCHEDULES", "SCHNELL_TABLE", "SOLVERS", "Conditioning", "Denoiser", "FlowTable", "cut_sigmas",
+    "DEV_TABLE", "SCHEDULES", "SCHNELL_TABLE", "SOLVERS", "Conditioning", "Denoiser", "FlowTable",
+    "cfg_window_in_sigmas", "cut_sigmas",
     "empty_latent", "fit_channels", "fit_preview_factors", "image_seq_len", "ksampler_sigmas", "latent_preview",
     "make_noise", "make_sigmas", "mu_for_seq_len", "process_in", "process_out", "sample", "table_for",
 ]

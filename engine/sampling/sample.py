@@ -22,16 +22,17 @@ StepCallback = Callable[[int, int, Tensor, Tensor], None]
 
 
 def ksampler_sigmas(schedule: str, steps: int, *, solver: str = "euler", table: FlowTable = DEV_TABLE,
-                    image_seq_len: int | None = None, denoise: float = 1.0, start_at_step: int = 0,
-                    end_at_step: int | None = None, leftover_noise: bool = False) -> Tensor:
+                    image_seq_len: int | None = None, denoise: float = 1.0, strength: float = 1.0,
+                    start_at_step: int = 0, end_at_step: int | None = None, leftover_noise: bool = False) -> Tensor:
     """The sigmas ComfyUI's KSampler and KSamplerAdvanced run: `make_sigmas` and a cut.
 
     Ending early goes straight to 0, unless `leftover_noise` keeps the noise for another run to take away. Starting at
     or after the end leaves nothing to do: empty, and `sample` hands its latent back. For solvers that stop short of
-    0 (`DISCARD_PENULTIMATE`) one more step is built and its last but one sigma dropped.
+    0 (`DISCARD_PENULTIMATE`) one more step is built and its last but one sigma dropped; not with diffusers' `strength`,
+    which counts steps of the schedule as it is.
     """
-    sigmas = make_sigmas(schedule, steps, table=table, image_seq_len=image_seq_len, denoise=denoise,
-                         discard_penultimate=solver in DISCARD_PENULTIMATE)
+    sigmas = make_sigmas(schedule, steps, table=table, image_seq_len=image_seq_len, denoise=denoise, strength=strength,
+                         discard_penultimate=strength == 1 and solver in DISCARD_PENULTIMATE)
     return cut_sigmas(sigmas, start_at_step=start_at_step, end_at_step=end_at_step, leftover_noise=leftover_noise)
 
 
@@ -45,6 +46,19 @@ def cut_sigmas(sigmas: Tensor, *, start_at_step: int = 0, end_at_step: int | Non
     if start_at_step and start_at_step >= len(sigmas) - 1:
         return sigmas[:0]
     return sigmas[start_at_step:]
+
+
+def cfg_window_in_sigmas(window: tuple[float, float], sigmas: Tensor) -> tuple[float, float] | None:
+    """Shares of the steps, from `window[0]` up to but without `window[1]`, as sigmas (low, high); None if no step lies
+    inside. BadInput unless 0 <= start <= end <= 1."""
+    start, end = window
+    if not 0 <= start <= end <= 1:
+        raise BadInput(f"cfg from {start} to {end} of the steps: both must lie in 0..1, the end not before the start")
+    if (start, end) == (0, 1):
+        return 0.0, 1.0
+    levels = sigmas[:-1].tolist()
+    inside = [sigma for i, sigma in enumerate(levels) if start <= i / len(levels) < end]
+    return (inside[-1], inside[0]) if inside else None
 
 
 def sample(denoiser: Model, latents: Tensor, sigmas: Tensor, *, seed: int = 0, noise: Tensor | None = None,

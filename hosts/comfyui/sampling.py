@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from ...engine.errors import BadInput, NotFinite
-from ...engine.sampling import SOLVERS, FlowTable, fit_channels, image_seq_len, ksampler_sigmas, make_sigmas
+from ...engine.sampling import (
+    SOLVERS,
+    FlowTable,
+    cfg_window_in_sigmas,
+    fit_channels,
+    image_seq_len,
+    ksampler_sigmas,
+)
 from ...engine.sampling.solvers import seeded_noise
 from .. import Conditioning, Latent
 
@@ -85,19 +92,6 @@ class Guider(comfy.samplers.CFGGuider):  # type: ignore[misc]
         return out
 
 
-def window_in_sigmas(window: tuple[float, float], sigmas: Tensor) -> tuple[float, float] | None:
-    """Shares of the steps as sigmas (low, high); None if no step lies inside. BadInput unless 0 <= start <= end <= 1.
-    """
-    start, end = window
-    if not 0 <= start <= end <= 1:
-        raise BadInput(f"cfg from {start} to {end} of the steps: both must lie in 0..1, the end not before the start")
-    if (start, end) == (0, 1):
-        return 0.0, 1.0
-    levels = sigmas[:-1].tolist()
-    inside = [sigma for i, sigma in enumerate(levels) if start <= i / len(levels) < end]
-    return (inside[-1], inside[0]) if inside else None
-
-
 def solver_of(name: str, seed: int) -> Any:
     """SAMPLER of one of the engine's solvers, whose own noise, if it draws any, follows the seed."""
     if name not in SOLVERS:
@@ -137,11 +131,9 @@ def sample(model: Any, positive: Conditioning, negative: Conditioning | None, la
     if not bool(torch.isfinite(samples).all()):
         raise NotFinite("the latent given to the sampler holds NaN or infinity. Look at the node it comes from")
     table, size = table_of(model), image_seq_len(*samples.shape[-2:])
-    if strength < 1:
-        sigmas = make_sigmas(schedule, steps, table=table, image_seq_len=size, denoise=denoise, strength=strength)
-    else:
-        sigmas = ksampler_sigmas(schedule, steps, solver=solver, table=table, image_seq_len=size, denoise=denoise)
-    guider = Guider(model, positive, negative, cfg, window_in_sigmas(cfg_window, sigmas))
+    sigmas = ksampler_sigmas(schedule, steps, solver=solver, table=table, image_seq_len=size, denoise=denoise,
+                             strength=strength)
+    guider = Guider(model, positive, negative, cfg, cfg_window_in_sigmas(cfg_window, sigmas))
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     done = guider.sample(noise, samples, solver_of(solver, seed), sigmas, denoise_mask=latent.get("noise_mask"),
                          callback=reporter(model, sigmas), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)

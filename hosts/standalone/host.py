@@ -21,7 +21,7 @@ from ...engine.models.clip import ClipText
 from ...engine.models.flux import Flux
 from ...engine.models.t5 import T5Encoder
 from ...engine.models.tiling import ROWS, decode_tiled
-from ...engine.sampling import Denoiser, process_out, table_for
+from ...engine.sampling import Denoiser, cfg_window_in_sigmas, process_out, table_for
 from ...engine.specs import FLUX_AE
 from ...engine.text import TextEncoders, encoder_files, find_tokenizer
 from ...engine.weights import load
@@ -36,7 +36,6 @@ from .objects import (
     Noise,
     Sampled,
     Vae,
-    cfg_window_in_sigmas,
     check_latent_size,
     checked_samples,
     schedule_sigmas,

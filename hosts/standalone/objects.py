@@ -16,7 +16,7 @@ from torch import Tensor
 from ...engine.errors import BadInput
 from ...engine.models.autoencoder import Autoencoder
 from ...engine.models.flux import Flux
-from ...engine.sampling import FlowTable, image_seq_len, ksampler_sigmas, make_noise, make_sigmas
+from ...engine.sampling import FlowTable, image_seq_len, ksampler_sigmas, make_noise
 from ...engine.specs import FLUX_AE
 from ...engine.text import TextEncoders
 from .images import MAX_FRAMES, MAX_PIXELS
@@ -110,20 +110,8 @@ def schedule_sigmas(model: Model, schedule: str, steps: int, *, solver: str = "e
                     strength: float = 1.0, latent: dict[str, Any] | None = None) -> Tensor:
     """Sigmas of a whole sampler node, for a solver and a picture size. See `engine.sampling.make_sigmas`."""
     size = None if latent is None else tokens_of(latent)
-    if strength < 1:
-        return make_sigmas(schedule, steps, table=model.table, image_seq_len=size, denoise=denoise, strength=strength)
-    return ksampler_sigmas(schedule, steps, solver=solver, table=model.table, image_seq_len=size, denoise=denoise)
-
-
-def cfg_window_in_sigmas(window: tuple[float, float], sigmas: Tensor) -> tuple[float, float] | None:
-    """Shares of the steps, from `window[0]` up to but without `window[1]`, as sigmas (low, high); None if no step lies
-    inside. BadInput unless 0 <= start <= end <= 1."""
-    start, end = window
-    if not 0 <= start <= end <= 1:
-        raise BadInput(f"cfg from {start} to {end} of the steps: both must lie in 0..1, the end not before the start")
-    levels = sigmas[:-1].tolist()
-    inside = [sigma for i, sigma in enumerate(levels) if start <= i / len(levels) < end]
-    return (inside[-1], inside[0]) if inside else None
+    return ksampler_sigmas(schedule, steps, solver=solver, table=model.table, image_seq_len=size, denoise=denoise,
+                           strength=strength)
 
 
 def resized(samples: Tensor, width: int, height: int, method: str, crop: bool) -> Tensor:
