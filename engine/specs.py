@@ -94,6 +94,39 @@ class ClipTextSpec:
     eos_token_id: int = 49407
 
 
+@dataclass(frozen=True, kw_only=True)
+class SiglipSpec:
+    """SigLIP vision tower (google/siglip-so400m-patch14-384): no class token, GELU (tanh), a norm at the end."""
+
+    num_channels: int = 3
+    image_size: int = 384           # pictures are resized to this square; what the patches do not fill is cut
+    patch_size: int = 14
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    num_hidden_layers: int = 27
+    num_attention_heads: int = 16
+    layer_norm_eps: float = 1e-6
+    vision_use_head: bool = True    # attention pooling to one vector, which FLUX.1 does not read
+    image_mean: float = 0.5
+    image_std: float = 0.5
+
+    @property
+    def num_positions(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReduxSpec:
+    """FLUX.1 Redux's projector (black-forest-labs/flux, src/flux/modules/image_embedders.py `ReduxImageEncoder`)."""
+
+    redux_dim: int = 1152           # width of the vision encoder
+    txt_in_features: int = 4096     # width of T5
+
+    @property
+    def hidden_size(self) -> int:
+        return 3 * self.txt_in_features
+
+
 FLUX_DEV = FluxSpec()
 FLUX_SCHNELL = replace(FLUX_DEV, guidance_embed=False)
 FLUX_FILL = replace(FLUX_DEV, in_channels=384)
@@ -101,6 +134,8 @@ FLUX_CONTROL = replace(FLUX_DEV, in_channels=128)
 FLUX_AE = AutoencoderSpec()
 T5_XXL = T5Spec()
 CLIP_L = ClipTextSpec()
+SIGLIP = SiglipSpec()
+REDUX = ReduxSpec()
 
 DEFAULT_GUIDANCE = 3.5
 """What a conditioning without a `guidance` entry means, the negative included (ComfyUI's rule)."""

@@ -16,10 +16,13 @@ from typing import Literal, overload
 
 from ..errors import BadInput, BadModelFile, MissingFile
 from ..weights import ROLE_NAMES, Checkpoint, TensorInfo, detect, open_checkpoint
+from .ggml_vocab import PREFIX as GGML_PREFIX
+from .ggml_vocab import ggml_kind
 from .tokenizer import TOKENIZERS, ClipTokenizer, T5Tokenizer
 from .vocabulary import (
     MAX_FILE_BYTES,
     Vocabulary,
+    from_ggml,
     from_spiece,
     from_tokenizer_json,
     from_vocab_and_merges,
@@ -28,7 +31,8 @@ from .vocabulary import (
     read_json,
 )
 
-METADATA_KEY = "tokenizer.json"
+METADATA_KEYS = ("tokenizer.json", "tokenizer.huggingface.json")
+"""Ours, and the one of GGUF (docs/gguf.md)."""
 SPIECE_TENSOR = "spiece_model"
 ENCODERS_ADVICE = "FLUX.1 needs one CLIP-L and one T5 encoder: choose both"
 
@@ -75,11 +79,14 @@ class _Search:
 
     def json(self, data: bytes | str, source: str | Path) -> Vocabulary | None:
         tree = read_json(data, source)
-        kind, expected = json_kind(tree), TOKENIZERS[self.role].kind
-        if kind != expected:
+        return from_tokenizer_json(tree, source) if self.takes(json_kind(tree), source) else None
+
+    def takes(self, kind: str | None, source: str | Path) -> bool:
+        """Whether a vocabulary found is of the kind wanted; one of another kind is noted."""
+        expected = TOKENIZERS[self.role].kind
+        if kind is not None and kind != expected:
             self.passed.append(f"{source} (holds {kind}, {self.place.title} needs {expected})")
-            return None
-        return from_tokenizer_json(tree, source)
+        return kind == expected
 
 
 def encoder_files(paths: Sequence[Path]) -> dict[str, Path]:
@@ -124,7 +131,8 @@ def find_tokenizer(role: str, weights: str | os.PathLike[str] | Checkpoint,
     """The tokenizer of the encoder in `weights` (a path or an open checkpoint); role "t5" or "clip_l".
 
     Looked for in this order, each place for tokenizer.json, then spiece.model (T5) or vocab.json + merges.txt (CLIP-L):
-    inside the file (metadata `<role>.tokenizer.json` or `tokenizer.json`, a uint8 tensor `spiece_model`); beside it
+    inside the file (metadata `<role>.tokenizer.json` or `tokenizer.json`, the arrays `tokenizer.ggml.*` of GGUF, a
+    uint8 tensor `spiece_model`); beside it
     (`<stem>.tokenizer.json` first; then a diffusers pipeline's `tokenizer` folders); `extra_dirs`; the Hugging Face
     cache. Raises MissingFile that says what to put where, BadModelFile for a damaged or foreign tokenizer.
     """
@@ -154,12 +162,15 @@ def _vocabularies(search: _Search, checkpoint: Checkpoint,
 
 
 def _inside(search: _Search, checkpoint: Checkpoint) -> Iterator[Vocabulary]:
-    for key in (f"{search.role}.{METADATA_KEY}", METADATA_KEY):
+    for key in (f"{search.role}.{METADATA_KEYS[0]}", *METADATA_KEYS):
         text = checkpoint.metadata.get(key)
         if isinstance(text, str):
             found = search.json(text, f"{checkpoint.path} (metadata {key})")
             if found is not None:
                 yield found
+    source = f"{checkpoint.path} (metadata {GGML_PREFIX}*)"
+    if search.takes(ggml_kind(checkpoint), source):
+        yield from_ggml(checkpoint, source, search.rows)
     if search.place.spiece:
         for name, info in checkpoint.items():
             if name.split(".")[-1] == SPIECE_TENSOR:

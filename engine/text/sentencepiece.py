@@ -11,7 +11,7 @@ import math
 import re
 import struct
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,6 +181,11 @@ def _check(pieces: list[Piece], trainer: dict[int, Value], path: str | Path) -> 
     if model_type != UNIGRAM:
         raise BadModelFile(path, "not a SentencePiece model for T5", field="trainer_spec.model_type",
                            expected="1 (unigram)", found=model_type)
+    check_pieces(pieces, path)
+
+
+def check_pieces(pieces: Sequence[Piece], path: str | Path) -> None:
+    """BadModelFile unless one piece is the unknown one and no text stands there twice."""
     unknown = sum(piece.kind == UNKNOWN for piece in pieces)
     if unknown != 1:
         raise BadModelFile(path, "damaged SentencePiece model", field="pieces", expected="one unknown piece",

@@ -1,7 +1,7 @@
-"""Vocabularies from their files: tokenizer.json, vocab.json + merges.txt, spiece.model.
+"""Vocabularies from their files: tokenizer.json, vocab.json + merges.txt, spiece.model, GGUF.
 
 A `Vocabulary` turns text into ids with no special tokens round it; the rules of CLIP and T5 are in `tokenizer.py`.
-To add a format (GGUF metadata, say): one function here that returns a `Vocabulary`, one line in `find.py`.
+To add a format: one function here that returns a `Vocabulary`, one line in `find.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from ..errors import BadModelFile
+from ..weights import Checkpoint
+from .ggml_vocab import ggml_kind, read_unigram, read_words
 from .sentencepiece import CONTROL, UNKNOWN, UNUSED, USER_DEFINED, CharsMap, Piece, SentencePieceModel, read_model
 
 MAX_FILE_BYTES = 64 << 20
@@ -175,6 +177,18 @@ def from_vocab_and_merges(vocab: bytes, merges: bytes, source: str | Path) -> Vo
     return _checked(Vocabulary(backend, "BPE", str(source)))
 
 
+def from_ggml(checkpoint: Checkpoint, source: str, rows: int | None = None) -> Vocabulary:
+    """The arrays of a GGUF file's metadata: T5's pieces, or CLIP's tokens and merges."""
+    if ggml_kind(checkpoint) == "Unigram":
+        return from_pieces(read_unigram(checkpoint), source, rows)
+    tokens = read_words(checkpoint, "tokens")
+    table = {token: i for i, token in enumerate(tokens)}
+    if len(table) != len(tokens):
+        raise BadModelFile(source, "damaged vocabulary: a token stands there twice")
+    merges = "\n".join(read_words(checkpoint, "merges"))
+    return from_vocab_and_merges(json.dumps(table).encode(), merges.encode(), source)
+
+
 def _merges(data: bytes, source: str | Path) -> list[tuple[str, str]]:
     try:
         lines = data.decode("utf-8").split("\n")
@@ -195,12 +209,17 @@ def _merges(data: bytes, source: str | Path) -> list[tuple[str, str]]:
 
 def from_spiece(data: bytes, source: str | Path, rows: int | None = None) -> Vocabulary:
     """T5's SentencePiece model. rows: rows of the encoder's embedding; the sentinels are added where they fit in."""
-    model = read_model(data, source)
+    return from_pieces(read_model(data, source), source, rows)
+
+
+def from_pieces(model: SentencePieceModel, source: str | Path, rows: int | None = None) -> Vocabulary:
+    """The same from a model already read, whose file has or has not the sentinels as special tokens."""
     with _Guard(source, "damaged SentencePiece model"):
         unknown = next(i for i, piece in enumerate(model.pieces) if piece.kind == UNKNOWN)
         backend = Tokenizer(models.Unigram(_scores(model), unk_id=unknown, byte_fallback=model.byte_fallback))
         special = [piece.text for piece in model.pieces if piece.kind in (CONTROL, UNKNOWN)]
-        if rows is None or len(model.pieces) + T5_SENTINELS <= rows:
+        room = rows is None or len(model.pieces) + T5_SENTINELS <= rows
+        if room and not any(text.startswith("<extra_id_") for text in special):
             special += [f"<extra_id_{i}>" for i in reversed(range(T5_SENTINELS))]
         backend.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special])
     return _checked(Vocabulary(backend, "Unigram", str(source), _around(special, model.normalize)))

@@ -1,7 +1,8 @@
 """Opening model files: what tensors are there, of what shape and stored type, and where their bytes lie.
 
 A container is judged, not its meaning: every well-formed file opens, Flux or not (`detect` judges meaning). Read today:
-safetensors (`.safetensors`, `.sft`), a shard index (`*.safetensors.index.json`), and a folder holding either.
+safetensors (`.safetensors`, `.sft`), GGUF (`.gguf`), a shard index (`*.safetensors.index.json`), and a folder holding
+one of these.
 """
 
 from __future__ import annotations
@@ -10,24 +11,29 @@ import json
 import mmap
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import BadModelFile, MissingFile
-from .header import read_header, show
+from .fourbit import folded
+from .gguf_header import GgufHeader, StoredArray, read_gguf_header, strings_of
+from .header import Header, read_header, show
 
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
+GGUF_SUFFIX = ".gguf"
+MODEL_SUFFIXES = (*SAFETENSORS_SUFFIXES, GGUF_SUFFIX)
 INDEX_SUFFIX = ".safetensors.index.json"
 MAX_INDEX_BYTES = 32 << 20
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 WHOLE_FILE_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 """What diffusers and transformers call an unsharded file; it is taken when a folder holds precision variants too."""
+H = TypeVar("H", Header, GgufHeader)
 
 TORCH_DTYPES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
@@ -103,28 +109,50 @@ class TensorInfo:
     nbytes: int
     offset: int = field(repr=False)
     file: ModelFile = field(repr=False, compare=False)
+    build: Callable[[], Tensor] | None = field(default=None, repr=False, compare=False)
+    """Puts the bytes together, where they do not lie so in the file (`fourbit`)."""
+
+    def raw(self) -> Tensor:
+        """The bytes, uint8 `(nbytes,)`, memory-mapped unless they are put together."""
+        return self.file.view(self.offset, self.nbytes) if self.build is None else self.build()
 
     def read(self) -> Tensor:
         """The data, memory-mapped: `shape` in the stored dtype, or uint8 `(nbytes,)` for types torch cannot hold."""
-        raw = self.file.view(self.offset, self.nbytes)
+        raw = self.raw()
         dtype = torch_dtype(self.format)
         if dtype is None:
             return raw
-        if self.offset % dtype.itemsize:
+        if self.build is None and self.offset % dtype.itemsize:
             raw = raw.clone()  # the format does not promise alignment; kernels expect it
         return raw.view(dtype).reshape(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayInfo:
+    """One array of a GGUF file's metadata, such as the pieces of a tokenizer: type and number of its elements."""
+
+    stored: StoredArray
+    file: ModelFile = field(repr=False, compare=False)
+
+    def read(self) -> list[str] | Tensor:
+        """The texts, or the numbers `(count,)`."""
+        raw = self.file.view(self.stored.offset, self.stored.nbytes).clone()
+        dtype = torch_dtype(self.stored.kind)
+        return strings_of(raw.numpy().tobytes(), self.stored.length) if dtype is None else raw.view(dtype)
 
 
 class Checkpoint(Mapping[str, TensorInfo]):
     """The tensors of a file, a set of shards or a folder, by name; a context manager.
 
     `path` is what was opened, `metadata` the header's text entries (of all shards, the first to name a key counts),
-    `files` the files behind it. Tensors read before `close` stay valid after it.
+    `files` the files behind it, `arrays` the arrays of a GGUF file's metadata. Tensors read before `close` stay valid
+    after it.
     """
 
     def __init__(self, path: Path, tensors: dict[str, TensorInfo], metadata: dict[str, str],
-                 files: tuple[ModelFile, ...]) -> None:
+                 files: tuple[ModelFile, ...], arrays: Mapping[str, ArrayInfo] | None = None) -> None:
         self.path, self.metadata, self.files = path, metadata, files
+        self.arrays: Mapping[str, ArrayInfo] = arrays or {}
         self._tensors = tensors
 
     def __getitem__(self, name: str) -> TensorInfo:
@@ -153,7 +181,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Opens a `.safetensors`/`.sft` file, a `*.safetensors.index.json`, or a folder with one of these.
+    """Opens a `.safetensors`/`.sft` or `.gguf` file, a `*.safetensors.index.json`, or a folder with one of these.
 
     Only headers are read, whatever the files' size. Raises `MissingFile`, or `BadModelFile` for what is damaged, of an
     unknown kind, a pickle, or not supported.
@@ -168,16 +196,15 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return _open_shards(path)
     if name.endswith(SAFETENSORS_SUFFIXES):
         return _open_safetensors(path)
+    if name.endswith(GGUF_SUFFIX):
+        return _open_gguf(path)
     if name.endswith(PICKLE_SUFFIXES):
         raise BadModelFile(path, "this is a pickle, which can run code when opened, and is never opened",
                            expected=" or ".join(SAFETENSORS_SUFFIXES), found=path.suffix,
                            advice="Get the .safetensors version, or convert it where you trust it: "
                                   "safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW_FILE)")
-    if name.endswith(".gguf"):
-        raise BadModelFile(path, "GGUF is not supported yet", expected=" or ".join(SAFETENSORS_SUFFIXES),
-                           found=path.suffix, advice="Use the .safetensors version of this model")
     raise BadModelFile(path, "not a kind of model file known here",
-                       expected=f"{', '.join(SAFETENSORS_SUFFIXES)}, {INDEX_SUFFIX} or a folder",
+                       expected=f"{', '.join(MODEL_SUFFIXES)}, {INDEX_SUFFIX} or a folder",
                        found=path.suffix or "no suffix")
 
 
@@ -189,17 +216,32 @@ def _opened(path: Path) -> Any:
         raise BadModelFile(path, f"cannot be opened ({error.strerror})") from error
 
 
-def _open_safetensors(path: Path) -> Checkpoint:
+def _open_safetensors(path: Path, fold: bool = True) -> Checkpoint:
+    """`fold`: whether packed weights are put together here; those of shards may lie in several files."""
+    header, source = _read(path, read_header)
+    tensors = folded(_tensors(header, source), path) if fold else _tensors(header, source)
+    return Checkpoint(path, tensors, header.metadata, (source,))
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    header, source = _read(path, read_gguf_header)
+    arrays = {name: ArrayInfo(stored, source) for name, stored in header.arrays.items()}
+    return Checkpoint(path, _tensors(header, source), header.metadata, (source,), arrays)
+
+
+def _read(path: Path, reader: Callable[[BinaryIO, Path, int], H]) -> tuple[H, ModelFile]:
     if not path.is_file():
         raise BadModelFile(path, "not a regular file")
     with _opened(path) as file:
         stat = os.fstat(file.fileno())
-        header = read_header(file, path, stat.st_size)
-    source = ModelFile(path, stat)
-    tensors = {name: TensorInfo(entry.shape, entry.format, entry.end - entry.begin, header.data_start + entry.begin,
-                                source)
-               for name, entry in header.entries.items()}
-    return Checkpoint(path, tensors, header.metadata, (source,))
+        header = reader(file, path, stat.st_size)
+    return header, ModelFile(path, stat)
+
+
+def _tensors(header: Header | GgufHeader, source: ModelFile) -> dict[str, TensorInfo]:
+    return {name: TensorInfo(entry.shape, entry.format, entry.end - entry.begin, header.data_start + entry.begin,
+                             source)
+            for name, entry in header.entries.items()}
 
 
 def _inside_folder(folder: Path) -> Path:
@@ -209,7 +251,7 @@ def _inside_folder(folder: Path) -> Path:
     except OSError as error:
         raise BadModelFile(folder, f"the folder cannot be read ({error.strerror})") from error
     indexes = [name for name in names if name.lower().endswith(INDEX_SUFFIX)]
-    models = [name for name in names if name.lower().endswith(SAFETENSORS_SUFFIXES)]
+    models = [name for name in names if name.lower().endswith(MODEL_SUFFIXES)]
     for candidates in (indexes, models):
         if len(candidates) == 1:
             return folder / candidates[0]
@@ -227,7 +269,7 @@ def _inside_folder(folder: Path) -> Path:
         raise BadModelFile(folder, "the folder holds pickles only, which can run code when opened",
                            expected=".safetensors", found=", ".join(map(show, pickles[:5])),
                            advice="Get the .safetensors version")
-    raise BadModelFile(folder, "the folder holds no model", expected=f".safetensors, .sft or {INDEX_SUFFIX}",
+    raise BadModelFile(folder, "the folder holds no model", expected=f"{', '.join(MODEL_SUFFIXES)} or {INDEX_SUFFIX}",
                        found=", ".join(map(show, names[:5])) or "nothing")
 
 
@@ -241,7 +283,7 @@ def _open_shards(path: Path) -> Checkpoint:
             raise BadModelFile(path, "incomplete download: a shard is missing", field="weight_map",
                                expected=show(file_name), found="no such file beside the index",
                                advice="Download it into the same folder")
-        shards[file_name] = _open_safetensors(shard_path)
+        shards[file_name] = _open_safetensors(shard_path, fold=False)
     lost = sorted(name for name, file_name in weight_map.items() if name not in shards[file_name])
     stray = sorted(name for file_name, shard in shards.items() for name in shard if weight_map.get(name) != file_name)
     if lost or stray:
@@ -253,7 +295,7 @@ def _open_shards(path: Path) -> Checkpoint:
     metadata: dict[str, str] = {}
     for shard in shards.values():
         metadata = {**shard.metadata, **metadata}
-    tensors = {name: shards[file_name][name] for name, file_name in weight_map.items()}
+    tensors = folded({name: shards[file_name][name] for name, file_name in weight_map.items()}, path)
     return Checkpoint(path, tensors, metadata, tuple(file for shard in shards.values() for file in shard.files))
 
 

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from ..specs import FluxSpec
 from .containers import TensorInfo
-from .families import family_of, is_lora, quantised_as
+from .families import Shapes, family_of, is_lora, quantised_as
 from .header import show
 from .keymaps import Spec, respelled
 from .sizes import SPECS, read_spec
 
 ROLE_NAMES = {
     "transformer": "a FLUX.1 transformer", "t5": "a T5 text encoder", "clip_l": "a CLIP-L text encoder",
-    "vae": "a FLUX.1 autoencoder (VAE)", "vision": "a vision encoder (SigLIP or CLIP vision)",
+    "vae": "a FLUX.1 autoencoder (VAE)", "vision": "a SigLIP vision encoder",
     "redux": "a FLUX.1 Redux projector", "lora": "a LoRA", "all-in-one": "an all-in-one checkpoint",
     "unknown": "not recognised",
 }
@@ -56,8 +56,8 @@ SIGNATURES: tuple[Signature, ...] = (
                "proj_out",
                r"transformer_blocks\.\d+\.(?:attn\.|ff_context\.|norm1_context\.)"
                r"|single_transformer_blocks\.\d+\.(?:attn\.|norm\.|proj_mlp\.|proj_out\.)|time_text_embed\."),
-    _signature("vision", "hf", "vision_model embeddings encoder post_layernorm head",
-               r"vision_model\.|embeddings\.patch_embedding\."),
+    _signature("vision", "hf", "vision_model text_model embeddings encoder post_layernorm head",
+               r"vision_model\.|embeddings\.(?:patch|class)_embedding\b|post_layernorm\."),
     _signature("clip_l", "hf",
                "text_model embeddings encoder final_layer_norm text_projection vision_model visual_projection",
                r"text_model\.|embeddings\.(?:token|position)_embedding\."
@@ -65,6 +65,7 @@ SIGNATURES: tuple[Signature, ...] = (
     _signature("t5", "hf", "shared encoder decoder lm_head",
                r"encoder\.block\.\d+\.layer\.[01]\.(?:SelfAttention|DenseReluDense|layer_norm)\."
                r"|shared\.weight$|encoder\.final_layer_norm\.weight$"),
+    _signature("t5", "gguf", "enc dec token_embd output", r"enc\.blk\.\d+\.(?:attn|ffn)_"),
     _signature("vae", "bfl", "encoder decoder quant_conv post_quant_conv",
                r"(?:encoder|decoder)\.(?:mid\.(?:block|attn)_|norm_out\.|down\.\d+\.|up\.\d+\.)"),
     _signature("vae", "diffusers", "encoder decoder quant_conv post_quant_conv",
@@ -86,11 +87,12 @@ KNOWN_PREFIXES = (
 EMA = re.compile(r"(?:^|\.)(?:model_)?ema(?:\.|_model\.)")
 HARMLESS: tuple[tuple[str | None, re.Pattern[str]], ...] = (
     (None, EMA),
-    (None, re.compile(r"(?:^|\.)(?:logit_scale|spiece_model|scaled_fp8)$")),
+    (None, re.compile(r"(?:^|\.)(?:logit_scale|logit_bias|spiece_model|scaled_fp8)$")),
     (None, re.compile(r"(?:^|\.)position_ids$")),
     (None, re.compile(r"(?:^|\.)text_projection(?:$|\.)")),
-    ("t5", re.compile(r"(?:^|\.)(?:encoder\.embed_tokens\.weight$|decoder\.|lm_head\.)")),
+    ("t5", re.compile(r"(?:^|\.)(?:encoder\.embed_tokens\.weight$|decoder\.|lm_head\.|dec\.|output\.weight$)")),
     ("clip_l", re.compile(r"(?:^|\.)(?:vision_model\.|visual_projection\.)")),
+    ("vision", re.compile(r"^text_model\.")),
 )
 """Surplus that publishers leave in, with the role of the part it lies in (None: anywhere). Ignored, and shown."""
 
@@ -146,6 +148,7 @@ def detect(checkpoint: Mapping[str, TensorInfo]) -> Detection:
     names = [name for name in checkpoint if name not in surplus]
     places, notes = _places(names)
     claims = _claims(names, places)
+    owned = {name for claimed in claims for name in claimed}
     parts: dict[str, Part] = {}
     for (prefix, row), claimed in zip(places, claims, strict=True):
         bare = {name.removeprefix(prefix): name for name in claimed}
@@ -153,8 +156,8 @@ def detect(checkpoint: Mapping[str, TensorInfo]) -> Detection:
         own = {ours: bare[found] for ours, found in spelling.items()
                if ours != found or not _is_harmless(row.role, found)}
         harmless += sorted(set(claimed) - set(own.values()))
-        parts[row.role] = _described(Part(row.role, row.layout, prefix, own), checkpoint)
-    owned = {name for claimed in claims for name in claimed}
+        outside = {name: checkpoint[name].shape for name in names if name not in owned}
+        parts[row.role] = _described(Part(row.role, row.layout, prefix, own), checkpoint, outside)
     unknown = tuple(name for name in names if name not in owned)
     return _summary(parts, checkpoint, tuple(harmless), unknown, tuple(notes))
 
@@ -183,7 +186,7 @@ def _places(names: Iterable[str]) -> tuple[list[tuple[str, Signature]], list[str
         notes += [f"another {ROLE_NAMES[role].split(' ', 1)[1]} under {other!r} is not used"
                   for (_, _, other), _ in found if other != prefix]
         chosen.append((prefix, next(row for row in SIGNATURES if (row.role, row.layout) == (role, layout))))
-    return _without_companions(chosen, evidence), notes
+    return _without_companions(chosen, set(names)), notes
 
 
 def _preference(prefix: str, count: int, most: int) -> tuple[bool, int, int]:
@@ -192,19 +195,19 @@ def _preference(prefix: str, count: int, most: int) -> tuple[bool, int, int]:
     return 2 * count < most, rank, -count
 
 
-def _without_companions(places: list[tuple[str, Signature]],
-                        evidence: Mapping[tuple[str, str, str], int]) -> list[tuple[str, Signature]]:
+def _without_companions(places: list[tuple[str, Signature]], names: Collection[str]) -> list[tuple[str, Signature]]:
     """Vision and text towers share names: where both stand at one place, what is there decides.
 
-    A whole CLIP model counts as its text tower (the vision tower beside it is harmless surplus); a vision tower saved
-    without `vision_model.` has the layers of a text tower, but no text tower has two patch embeddings.
+    A whole CLIP model counts as its text tower, a whole SigLIP model, whose patches have a bias, as its vision tower;
+    the other tower is harmless surplus. A vision tower saved without `vision_model.` has the layers of a text tower.
     """
     by_role = {row.role: prefix for prefix, row in places}
     if by_role.get("vision") is None or by_role.get("vision") != by_role.get("clip_l"):
         return places
     prefix = by_role["vision"]
-    has_whole_tower = evidence["vision", "hf", prefix] > MIN_EVIDENCE
-    drop = "vision" if has_whole_tower else "clip_l"
+    both = all(any(name.startswith(prefix + tower) for name in names) for tower in ("text_model.", "vision_model."))
+    siglip = f"{prefix}vision_model.embeddings.patch_embedding.bias" in names
+    drop = "vision" if both and not siglip else "clip_l"
     return [(where, row) for where, row in places if row.role != drop]
 
 
@@ -221,13 +224,13 @@ def _claims(names: Iterable[str], places: list[tuple[str, Signature]]) -> list[l
     return claims
 
 
-def _described(part: Part, checkpoint: Mapping[str, TensorInfo]) -> Part:
-    """The part with its spec, variant and problems."""
+def _described(part: Part, checkpoint: Mapping[str, TensorInfo], outside: Shapes) -> Part:
+    """The part with its spec, variant and problems. `outside`: what no part of the file claims."""
     shapes = {name: checkpoint[found].shape for name, found in part.names.items()}
     foreign = family_of(shapes)
     if foreign is None and part.role == "transformer" and part.prefix == "":
         # without a prefix, markers of other families stand outside its roots
-        foreign = family_of({name: info.shape for name, info in checkpoint.items()})
+        foreign = family_of({**shapes, **outside})
     if foreign is not None:
         return replace(part, family=foreign, foreign=True, problems=(f"this is {foreign}",))
     family = ROLE_NAMES[part.role]

@@ -32,6 +32,8 @@ class Family:
     also: str | None = None
 
 
+CLIP_VISION_SIZES = (("ViT-B", 768), ("ViT-L", 1024), ("ViT-H", 1280), ("ViT-bigG", 1664))
+
 FAMILIES: tuple[Family, ...] = (
     Family("a FLUX ControlNet", "controlnet_x_embedder.weight"),
     Family("a FLUX ControlNet", "controlnet_blocks.0.weight"),
@@ -61,6 +63,17 @@ FAMILIES: tuple[Family, ...] = (
     Family("a video autoencoder", "decoder.conv_in.weight", lambda shape: len(shape) == 5),
     Family("a video autoencoder", "decoder.conv_in.conv.weight"),
     Family("a Wan or Qwen-Image autoencoder", "decoder.head.2.weight"),
+    *(Family(f"a CLIP {size} vision encoder (width {width}); FLUX.1 Redux takes SigLIP so400m (width 1152), "
+             "sigclip_vision_patch14_384.safetensors", "embeddings.class_embedding", _size(0, width))
+      for size, width in CLIP_VISION_SIZES),
+    Family("a CLIP vision encoder; FLUX.1 Redux takes SigLIP so400m", "embeddings.class_embedding"),
+    Family("a CLIP model in OpenCLIP's layout; FLUX.1 Redux takes SigLIP so400m in Hugging Face's",
+           "visual.transformer.resblocks.0.attn.in_proj_weight"),
+    Family("a SigLIP 2 NaFlex vision encoder; FLUX.1 Redux takes SigLIP so400m patch14 384",
+           "embeddings.patch_embedding.weight", lambda shape: len(shape) == 2),
+    Family("a DINOv2 vision encoder; FLUX.1 Redux takes SigLIP so400m",
+           "embeddings.patch_embeddings.projection.weight"),
+    Family("a T2I style adapter of SD 1.5; FLUX.1 takes flux1-redux-dev.safetensors", "style_embedding"),
     Family("a CLIP text encoder in OpenCLIP's layout, such as SDXL's CLIP-G; FLUX.1 takes CLIP-L in Hugging Face's",
            "transformer.resblocks.0.attn.in_proj_weight"),
     Family("an SDXL CLIP-G text encoder (width 1280; CLIP-L has 768)", "embeddings.token_embedding.weight",
@@ -75,11 +88,9 @@ FAMILIES: tuple[Family, ...] = (
 """Asked of the file when it is nothing we load, and of each part we find, first match first."""
 
 QUANTISED: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("NF4/FP4 of bitsandbytes", re.compile(r"\.quant_state\.bitsandbytes__(?:nf4|fp4)$")),
     ("8-bit of bitsandbytes", re.compile(r"\.SCB$")),
     ("SVDQuant (nunchaku)", re.compile(r"\.(?:qweight|wscales|smooth_orig)$")),
     ("comfy_quant", re.compile(r"\.comfy_quant$")),
-    ("scaled fp8", re.compile(r"\.(?:scale_weight|scale_input|weight_scale|input_scale)$")),
     ("torchao", re.compile(r"\._weight_(?:qdata|scale)$")),
 )
 """Formats told by the names of their side tensors; not loaded yet, so named."""

@@ -1,8 +1,8 @@
 """How the names of one layout become those of another.
 
 The models carry the names of the published checkpoints: BFL's for the transformer and the autoencoder, Hugging Face's
-for T5 and CLIP. A map says, for one of our tensors, which rows of which foreign tensors fill it: `Source`. It is
-worked out from the name and shape of our tensor, so any depth and width has one.
+for T5, CLIP and SigLIP. A map says, for one of our tensors, which rows of which foreign tensors fill it: `Source`. It
+is worked out from the name and shape of our tensor, so any depth and width has one.
 
 Sources: black-forest-labs/flux (names), huggingface/diffusers `FluxTransformer2DModel` and `AutoencoderKL` and its
 conversion scripts (the other side); modules are rows here, and blocks are one row for all depths.
@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..specs import AutoencoderSpec, ClipTextSpec, FluxSpec, T5Spec
+from ..specs import AutoencoderSpec, ClipTextSpec, FluxSpec, ReduxSpec, SiglipSpec, T5Spec
 
 Shape = tuple[int, ...]
-Spec = FluxSpec | AutoencoderSpec | T5Spec | ClipTextSpec
+Spec = FluxSpec | AutoencoderSpec | T5Spec | ClipTextSpec | SiglipSpec | ReduxSpec
 
 
 @dataclass(frozen=True)
@@ -226,8 +226,18 @@ SPELLINGS: tuple[Spelling, ...] = (
     Spelling("transformer", re.compile(r"(query_norm|key_norm)\.weight$"), r"\1.scale"),
     # transformers since 5 drops the tower's name when it saves
     Spelling("clip_l", re.compile(r"^(?=embeddings\.|encoder\.|final_layer_norm\.)"), "text_model."),
+    Spelling("vision", re.compile(r"^(?=embeddings\.|encoder\.|post_layernorm\.|head\.)"), "vision_model."),
     # the embedding is tied; which of the two names is kept depends on the writer
     Spelling("t5", re.compile(r"^encoder\.embed_tokens\.weight$"), "shared.weight", unless="shared.weight"),
+    # llama.cpp's names (gguf-py, tensor_mapping.py), in GGUF files
+    *(Spelling("t5", re.compile(rf"^enc\.blk\.(\d+)\.{theirs}\."), rf"encoder.block.\1.layer.{ours}.")
+      for theirs, ours in (
+          ("attn_norm", "0.layer_norm"), ("attn_([qkvo])", r"0.SelfAttention.\2"),
+          ("attn_rel_b", "0.SelfAttention.relative_attention_bias"), ("ffn_norm", "1.layer_norm"),
+          ("ffn_gate", "1.DenseReluDense.wi_0"), ("ffn_up", "1.DenseReluDense.wi_1"),
+          ("ffn_down", "1.DenseReluDense.wo"))),
+    Spelling("t5", re.compile(r"^enc\.output_norm\."), "encoder.final_layer_norm."),
+    Spelling("t5", re.compile(r"^token_embd\."), "shared."),
 )
 
 

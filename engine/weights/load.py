@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -16,15 +17,19 @@ from ..models.clip import ClipText
 from ..models.flux import Flux
 from ..models.ops import PLAIN, Ops
 from ..models.t5 import T5Encoder
+from ..models.vision import Redux, SiglipVision
+from ..quant import FORMATS, PACKED, MissingCodebook, PackedOps, packed_like
 from .containers import Checkpoint, TensorInfo, open_checkpoint
 from .detect import ROLE_NAMES, VARIANT_NAMES, Detection, Part, detect
 from .header import show, show_shape
 from .keymaps import Source, assemble, respelled, source_of
+from .stored import SCALES, UNUSED, Stored, beside
 
 log = logging.getLogger(__name__)
 
 MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "transformer": Flux, "t5": T5Encoder, "clip_l": ClipText, "vae": Autoencoder,
+    "vision": SiglipVision, "redux": Redux,
 }
 LOADABLE = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 """Stored types that are weights as they stand; other types need side tensors to mean something."""
@@ -70,36 +75,45 @@ def match(checkpoint: Mapping[str, TensorInfo], part: Part, model: nn.Module) ->
             info = checkpoint[part.names[name]]
             if info.shape != shape:
                 misshapen.append(f"{show(part.names[name])}: {show_shape(info.shape)}, expected {show_shape(shape)}")
-            elif info.format not in LOADABLE:
+            elif info.format not in LOADABLE and info.format not in FORMATS:
                 unloadable.append(f"{show(part.names[name])} ({info.format})")
+            for side in (beside(name, ending) for ending in (*SCALES, *UNUSED) if name.endswith(".weight")):
+                scale = part.names.get(side)
+                if scale is not None:
+                    used.add(side)
+                    if math.prod(checkpoint[scale].shape) != 1:
+                        misshapen.append(f"{show(scale)}: {show_shape(checkpoint[scale].shape)}, expected one number")
     unknown = [found for name, found in part.names.items() if name not in used]
     return Match(sources, tuple(missing), tuple(misshapen), tuple(unknown), tuple(unloadable))
 
 
 def load(source: str | os.PathLike[str] | Checkpoint, role: str, *, variant: Collection[str] | None = None,
          dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu",
-         ops: Ops = PLAIN) -> nn.Module:
-    """The model of `role` (`transformer`, `t5`, `clip_l` or `vae`) from a file, folder or open checkpoint.
+         ops: Ops = PLAIN, packed: PackedOps | None = PACKED) -> nn.Module:
+    """The model of `role` (a key of `MODELS`) from a file, folder or open checkpoint.
 
     `variant`: for a transformer, the kinds allowed (`dev`, `schnell`, `fill`, `control`); None allows all.
     `dtype`: of the weights; None keeps each as stored. Weights already of that dtype on the CPU stay memory-mapped:
     loading takes no memory, and the file stays mapped until the model is gone.
-    Returns a `Flux`, `T5Encoder`, `ClipText` or `Autoencoder`, with `.spec`, in eval mode, without gradients.
+    `packed`: the layers that hold what the file has packed (GGUF's types, fp8): linear layers and embeddings, their
+    bytes memory-mapped on the CPU. All else, and everything for None, is unpacked to `dtype`, to fp32 if that is None.
+    Plain fp8, which torch knows, is kept as it is stored where `dtype` is None.
+    Returns an instance of the class in `MODELS`, with `.spec`, in eval mode, without gradients.
     Raises `BadModelFile` for a wrong role, variant or size, for missing, misshapen or unknown tensors; `NotFinite` for
     NaN or infinity in small tensors such as scales and norms. Tensors outside all known modules are logged once.
     """
     if isinstance(source, Checkpoint):
-        return _load(source, role, variant, dtype, torch.device(device), ops)
+        return _load(source, role, variant, dtype, torch.device(device), ops, packed)
     with open_checkpoint(source) as checkpoint:
-        return _load(checkpoint, role, variant, dtype, torch.device(device), ops)
+        return _load(checkpoint, role, variant, dtype, torch.device(device), ops, packed)
 
 
 def _load(checkpoint: Checkpoint, role: str, variant: Collection[str] | None, dtype: torch.dtype | None,
-          device: torch.device, ops: Ops) -> nn.Module:
+          device: torch.device, ops: Ops, packed: PackedOps | None) -> nn.Module:
     detection = detect(checkpoint)
     part = choose(checkpoint, detection, role, variant)
     model = build(part, ops)
-    fill(model, checkpoint, part, dtype=dtype, device=device)
+    fill(model, checkpoint, part, dtype=dtype, device=device, packed=packed)
     if detection.unknown:
         log.warning("%s: %d tensors belong to nothing known and are not used: %s%s", checkpoint.path.name,
                     len(detection.unknown), ", ".join(map(show, detection.unknown[:LISTED])),
@@ -110,26 +124,54 @@ def _load(checkpoint: Checkpoint, role: str, variant: Collection[str] | None, dt
 
 
 def fill(model: nn.Module, checkpoint: Checkpoint, part: Part, *, dtype: torch.dtype | None = None,
-         device: torch.device | str = "cpu") -> None:
+         device: torch.device | str = "cpu", packed: PackedOps | None = PACKED) -> None:
     """Puts the part's weights in place of those of `model`, which may be on the meta device or a host's subclass.
 
-    Strict, as `load` is; a model that does not fit is left as it was.
+    Layers of packed weights take the place of its own; else as `load`. Strict, as that is; a model that does not fit is
+    left as it was.
     """
     found = match(checkpoint, part, model)
     refuse(checkpoint, part, found)
-
-    def read(name: str) -> Tensor:
-        return checkpoint[part.names[name]].read()
-
-    weights = {}
+    stored = Stored({name: checkpoint[full] for name, full in part.names.items()}, dtype)
+    weights: dict[str, Tensor] = {}
+    layers: dict[str, nn.Module] = {}
     for name, parameter in model.state_dict().items():
-        where = found.sources[name]
-        weights[name] = assemble(where, tuple(parameter.shape), read, dtype=dtype, device=device)
-        if parameter.numel() <= SMALL_ELEMENTS:
-            _check_finite(checkpoint, part, where, weights[name])
+        where, shape = found.sources[name], tuple(parameter.shape)
+        _require_codebooks(checkpoint, part, where)
+        path, _, kind = name.rpartition(".")
+        format, scales = stored.format_of(where), stored.scales_of(where)
+        layer = None if packed is None or format is None or kind != "weight" else packed_like(
+            model.get_submodule(path), format, None if scales is None else tuple(scales.shape), dtype or torch.float32,
+            packed)
+        if layer is None or format is None:
+            weights[name] = assemble(where, shape, stored.numbers, dtype=dtype, device=device)
+            if parameter.numel() <= SMALL_ELEMENTS:
+                _check_finite(checkpoint, part, where, weights[name])
+            continue
+        layers[path] = layer
+        weights[name] = assemble(where, (shape[0], format.row_bytes(shape[1])), stored.rows, device=device)
+        if not format.is_finite(weights[name]):
+            raise _not_finite(checkpoint, part, where, f"scales of {format.name}")
+        if scales is not None:
+            _check_finite(checkpoint, part, where, scales)
+            weights[f"{path}.{SCALES[0]}"] = scales.to(device)
+    for path, layer in layers.items():
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer)
     model.requires_grad_(False)
     model.load_state_dict(weights, strict=True, assign=True)
     model.eval()
+
+
+def _require_codebooks(checkpoint: Checkpoint, part: Part, where: Source) -> None:
+    for name in where.names:
+        format = FORMATS.get(checkpoint[part.names[name]].format)
+        try:
+            if format is not None:
+                format.require()
+        except MissingCodebook as error:
+            raise MissingCodebook(f"{checkpoint.path.name}: {show(part.names[name])}: {error}",
+                                  file=checkpoint.path) from error
 
 
 def choose(checkpoint: Checkpoint, detection: Detection, role: str, variant: Collection[str] | None = None) -> Part:
@@ -172,6 +214,10 @@ def _check_finite(checkpoint: Checkpoint, part: Part, where: Source, weight: Ten
     """NaN or infinity in a scale or bias poisons every picture: it is named here, not as a black picture."""
     values = weight.float() if weight.dtype.itemsize == 1 else weight
     if not bool(torch.isfinite(values).all()):
-        names = ", ".join(show(part.names[name]) for name in where.names)
-        raise NotFinite(f"{checkpoint.path.name}: NaN or infinity in {names}. The file is damaged, or its numbers do "
-                        f"not fit {weight.dtype}; download it again or load it in another dtype", file=checkpoint.path)
+        raise _not_finite(checkpoint, part, where, str(weight.dtype))
+
+
+def _not_finite(checkpoint: Checkpoint, part: Part, where: Source, kind: str) -> NotFinite:
+    names = ", ".join(show(part.names[name]) for name in where.names)
+    return NotFinite(f"{checkpoint.path.name}: NaN or infinity in {names}. The file is damaged, or its numbers do not "
+                     f"fit {kind}; download it again or load it in another dtype", file=checkpoint.path)

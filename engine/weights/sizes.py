@@ -6,11 +6,12 @@ the tensor instead. What no shape tells (head width of CLIP and T5, rope axes) h
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from ..specs import CLIP_L, FLUX_AE, FLUX_DEV, GROUP_NORM_GROUPS, T5_XXL
+from ..specs import CLIP_L, FLUX_AE, FLUX_DEV, GROUP_NORM_GROUPS, REDUX, SIGLIP, T5_XXL
 from .keymaps import Shape, Spec, source_of
 
 MAX_WIDTH = 1 << 20
@@ -20,6 +21,10 @@ MAX_RES_BLOCKS = 16
 IN_CHANNELS = {64: "dev, schnell", 128: "Depth, Canny", 384: "Fill"}
 T5_SIZES = {512: "small", 768: "base", 1024: "large", 2048: "XL"}
 CLIP_HEAD_WIDTH = 64
+SIGLIP_SIZES = {768: "base", 1024: "large", 1152: "so400m"}
+SIGLIP_HEAD_WIDTHS = (64, 72)
+"""In this order, where the width is not a published one; so400m has heads of 72, base and large of 64."""
+MAX_PICTURE = 2048
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Shapes:
     """Looks sizes up under our names, whatever the layout."""
 
     def __init__(self, layout: str, shapes: Mapping[str, Shape], like: Spec) -> None:
-        self.layout, self.shapes = layout, shapes
+        self.layout, self.shapes = "hf" if layout == "gguf" else layout, shapes  # llama.cpp's names are respelled
         self.source = source_of(layout, like)
 
     def size(self, name: str, axis: int, default: int, *others: tuple[str, int]) -> int:
@@ -165,8 +170,55 @@ def read_clip(layout: str, shapes: Mapping[str, Shape]) -> Sizes:
     return Sizes(spec, problems)
 
 
+def read_vision(layout: str, shapes: Mapping[str, Shape]) -> Sizes:
+    at = Shapes(layout, shapes, SIGLIP)
+    patches, layer = "vision_model.embeddings.patch_embedding.weight", "vision_model.encoder.layers.0"
+    hidden = at.size(patches, 0, SIGLIP.hidden_size, ("vision_model.post_layernorm.weight", 0))
+    patch = at.size(patches, 2, SIGLIP.patch_size)
+    positions = at.size("vision_model.embeddings.position_embedding.weight", 0, SIGLIP.num_positions)
+    side = math.isqrt(positions)
+    published = (positions, patch) == (SIGLIP.num_positions, SIGLIP.patch_size)  # 384 is no multiple of 14
+    head = SIGLIP.hidden_size // SIGLIP.num_attention_heads if hidden == SIGLIP.hidden_size else next(
+        (width for width in SIGLIP_HEAD_WIDTHS if hidden % width == 0), 0)
+    spec = replace(
+        SIGLIP,
+        num_channels=at.size(patches, 1, SIGLIP.num_channels), patch_size=patch,
+        image_size=SIGLIP.image_size if published else side * patch, hidden_size=hidden,
+        intermediate_size=at.size(f"{layer}.mlp.fc1.weight", 0, SIGLIP.intermediate_size),
+        num_hidden_layers=at.count(hf=r"vision_model\.encoder\.layers\.(\d+)\."),
+        num_attention_heads=hidden // head if head else 1,
+        vision_use_head=at.any(hf=r"^vision_model\.head\."))
+    problems = []
+    if not head:
+        widths = " or ".join(map(str, SIGLIP_HEAD_WIDTHS))
+        problems.append(f"its stream is {hidden} wide, not a multiple of the head width {widths}")
+    if spec.num_channels != SIGLIP.num_channels:
+        problems.append(f"it sees pictures of {spec.num_channels} channels, not {SIGLIP.num_channels}")
+    if side * side != positions:
+        problems.append(f"its {positions} positions do not make a square")
+    elif spec.image_size > MAX_PICTURE:
+        problems.append(f"it sees pictures of {spec.image_size} x {spec.image_size}; at most {MAX_PICTURE} are read")
+    notes = []
+    if hidden != SIGLIP.hidden_size and hidden in SIGLIP_SIZES:
+        notes.append(f"this is SigLIP {SIGLIP_SIZES[hidden]} (width {hidden}); FLUX.1 Redux takes SigLIP so400m "
+                     f"(width {SIGLIP.hidden_size})")
+    return Sizes(spec, tuple(problems), tuple(notes))
+
+
+def read_redux(layout: str, shapes: Mapping[str, Shape]) -> Sizes:
+    at = Shapes(layout, shapes, REDUX)
+    features = at.size("redux_down.weight", 0, REDUX.txt_in_features, ("redux_down.bias", 0))
+    spec = replace(REDUX, redux_dim=at.size("redux_up.weight", 1, REDUX.redux_dim), txt_in_features=features)
+    hidden = at.size("redux_up.weight", 0, spec.hidden_size, ("redux_up.bias", 0))
+    problems = () if hidden == spec.hidden_size else (
+        f"it goes from {spec.redux_dim} through {hidden} to {features}; FLUX.1 Redux goes from {REDUX.redux_dim} "
+        f"through {REDUX.hidden_size} to {REDUX.txt_in_features}, three times as wide in the middle as at the end",)
+    return Sizes(spec, problems)
+
+
 SPECS: Mapping[str, Callable[[str, Mapping[str, Shape]], Sizes]] = {
     "transformer": read_flux, "vae": read_autoencoder, "t5": read_t5, "clip_l": read_clip,
+    "vision": read_vision, "redux": read_redux,
 }
 """Role -> reader of its sizes, from the layout and the shapes by bare name."""
 

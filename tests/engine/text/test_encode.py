@@ -30,11 +30,11 @@ def plain(encoders: TextEncoders, prompt: str, length: int = 256) -> Tensor:
 
 
 def test_shapes_and_plain_states(encoders: TextEncoders) -> None:
-    cond, pooled = encoders.encode("the blue кот")
+    cond, pooled = encoders.encode("the blue \u043a\u043e\u0442")
     assert cond.shape == (1, 256, 64) and pooled.shape == (1, 64)
     assert cond.dtype == pooled.dtype == torch.float32 and not cond.requires_grad
-    torch.testing.assert_close(cond, plain(encoders, "the blue кот"), rtol=0, atol=0)
-    ids = [encoders.clip_tokenizer.bos, *encoders.clip_tokenizer.ids("the blue кот")]
+    torch.testing.assert_close(cond, plain(encoders, "the blue \u043a\u043e\u0442"), rtol=0, atol=0)
+    ids = [encoders.clip_tokenizer.bos, *encoders.clip_tokenizer.ids("the blue \u043a\u043e\u0442")]
     with torch.no_grad():
         states, _ = encoders.clip(torch.tensor([ids + [encoders.clip_tokenizer.eos] * (77 - len(ids))]))
     torch.testing.assert_close(pooled, states[:, len(ids)])  # the state at the first end token
@@ -42,15 +42,16 @@ def test_shapes_and_plain_states(encoders: TextEncoders) -> None:
 
 @pytest.mark.parametrize("length", [128, 256, 512])
 def test_exact_lengths(encoders: TextEncoders, length: int, caplog: pytest.LogCaptureFixture) -> None:
-    torch.testing.assert_close(encoders.encode("the кот", t5_length=length)[0], plain(encoders, "the кот", length))
+    text = "the \u043a\u043e\u0442"
+    torch.testing.assert_close(encoders.encode(text, t5_length=length)[0], plain(encoders, text, length))
     with caplog.at_level(logging.WARNING):
-        assert encoders.encode("кот " * 600, t5_length=length)[0].shape[1] == length
+        assert encoders.encode("\u043a\u043e\u0442 " * 600, t5_length=length)[0].shape[1] == length
     assert "cut off" in caplog.text
 
 
 def test_long_prompts_are_not_cut(encoders: TextEncoders) -> None:
-    cond, _ = encoders.encode("кот " * 300)
-    torch.testing.assert_close(cond, plain(encoders, "кот " * 300, 301))
+    cond, _ = encoders.encode("\u043a\u043e\u0442 " * 300)
+    torch.testing.assert_close(cond, plain(encoders, "\u043a\u043e\u0442 " * 300, 301))
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.1, 1.7, -1.0])
@@ -79,10 +80,10 @@ def test_weight_one_changes_nothing(encoders: TextEncoders) -> None:
 
 
 def test_separate_prompts(encoders: TextEncoders) -> None:
-    cond, pooled = encoders.encode("the кот", "blue circle")
+    cond, pooled = encoders.encode("the \u043a\u043e\u0442", "blue circle")
     assert torch.equal(cond, encoders.encode("blue circle")[0])
-    assert torch.equal(pooled, encoders.encode("the кот")[1])
-    assert torch.equal(encoders.encode("the кот", "")[0], encoders.encode("")[0])
+    assert torch.equal(pooled, encoders.encode("the \u043a\u043e\u0442")[1])
+    assert torch.equal(encoders.encode("the \u043a\u043e\u0442", "")[0], encoders.encode("")[0])
 
 
 def test_empty_prompts(encoders: TextEncoders) -> None:
@@ -134,7 +135,7 @@ def test_damaged_weights(encoders: TextEncoders) -> None:
     with torch.no_grad():
         t5.encoder.final_layer_norm.weight[0] = float("nan")
     with pytest.raises(NotFinite, match="T5"):
-        replace(encoders, t5=t5).encode("the кот")
+        replace(encoders, t5=t5).encode("the \u043a\u043e\u0442")
     with pytest.raises(NotFinite, match="weight in the prompt"):
         encoders.encode("(the:1e39)")
 

@@ -47,29 +47,32 @@ WRITTEN = [
     "no\u00a0break\u2003em\u3000wide spaces",
     "it's they're I've we'll he'd don't",
     "UPPER lower MiXeD CamelCase",
-    "1234567890 3.14 1,000,000 10% $5 50€ №7 x² 1/2 ½ ①",
+    "1234567890 3.14 1,000,000 10% $5 50€ \u21167 x² 1/2 ½ \u2460",
     "!!! ??? ... --- *** ### @@@ &&& ~~~ ^^^",
     "a-b_c/d\\e|f;g:h,i.j",
     "\"quotes\" 'single' «French» „German“ “curly” ‘ones’",
     "<b>html</b> &amp; &lt;tag&gt;",
     "https://example.org/x?y=1&z=2#top",
-    # scripts
-    "猫の写真、とても綺麗な夕日",
-    "一只红色的大圆圈在左边",
-    "빨간 원과 파란 배경",
-    "красный круг на синем фоне",
-    "κόκκινος κύκλος",
-    "دائرة حمراء كبيرة",
-    "עיגול אדום",
-    "लाल वृत्त नीली पृष्ठभूमि",
-    "วงกลมสีแดง",
-    "hình tròn màu đỏ",
-    "Größe Straße ẞ İstanbul ıI ŒUVRE Ærø Łódź Žižek",
+    # scripts (escaped: tools on Windows read sources as cp1252)
+    "\u732b\u306e\u5199\u771f\u3001\u3068\u3066\u3082\u7dba\u9e97\u306a\u5915\u65e5",  # Japanese
+    "\u4e00\u53ea\u7ea2\u8272\u7684\u5927\u5706\u5708\u5728\u5de6\u8fb9",  # Chinese
+    "\ube68\uac04 \uc6d0\uacfc \ud30c\ub780 \ubc30\uacbd",  # Korean
+    "\u043a\u0440\u0430\u0441\u043d\u044b\u0439 \u043a\u0440\u0443\u0433 \u043d\u0430 "
+    "\u0441\u0438\u043d\u0435\u043c \u0444\u043e\u043d\u0435",  # Russian
+    "\u03ba\u03cc\u03ba\u03ba\u03b9\u03bd\u03bf\u03c2 \u03ba\u03cd\u03ba\u03bb\u03bf\u03c2",  # Greek
+    "\u062f\u0627\u0626\u0631\u0629 \u062d\u0645\u0631\u0627\u0621 \u0643\u0628\u064a\u0631\u0629",  # Arabic
+    "\u05e2\u05d9\u05d2\u05d5\u05dc \u05d0\u05d3\u05d5\u05dd",  # Hebrew
+    "\u0932\u093e\u0932 \u0935\u0943\u0924\u094d\u0924 \u0928\u0940\u0932\u0940 "
+    "\u092a\u0943\u0937\u094d\u0920\u092d\u0942\u092e\u093f",  # Hindi
+    "\u0e27\u0e07\u0e01\u0e25\u0e21\u0e2a\u0e35\u0e41\u0e14\u0e07",  # Thai
+    "hình tròn màu \u0111\u1ecf",  # Vietnamese
+    "Größe Straße \u1e9e \u0130stanbul \u0131I ŒUVRE Ærø \u0141ód\u017a Žižek",
     "e\u0301 vs é, A\u030a vs Å vs Å",
-    "ﬁ ﬂ ﬀ ﬃ ﬆ ǆ",
-    "ｆｕｌｌ　ｗｉｄｔｈ　ＡＢＣ",
-    "𝕱𝖗𝖆𝖐𝖙𝖚𝖗 𝓼𝓬𝓻𝓲𝓹𝓽 𝟙𝟚𝟛",
-    "Ⅷ ㎏ ㌔ ㈱ ℡ ™ ©",
+    "\ufb01 \ufb02 \ufb00 \ufb03 \ufb06 \u01c6",
+    "\uff46\uff55\uff4c\uff4c\u3000\uff57\uff49\uff44\uff54\uff48\u3000\uff21\uff22\uff23",
+    "\U0001d571\U0001d597\U0001d586\U0001d590\U0001d599\U0001d59a\U0001d597 "
+    "\U0001d4fc\U0001d4ec\U0001d4fb\U0001d4f2\U0001d4f9\U0001d4fd \U0001d7d9\U0001d7da\U0001d7db",
+    "\u2167 \u338f \u3314 \u3231 \u2121 ™ ©",
     "zero\u200bwidth\u200djoin\u2060er\ufeff",
     "soft\u00adhyphen",
     "\u202eright to left\u202c",
@@ -77,14 +80,14 @@ WRITTEN = [
     "private \ue000 use \U000f0000",
     "\ufffd replacement \U0010fffd",
     # emoji
-    "🐱",
-    "🐱🐶🦊",
-    "a 🐱 on a 🚀",
-    "👩‍👩‍👧‍👦 family",
-    "👍🏽 👋🏿",
-    "🇩🇪🇯🇵🇧🇷",
-    "1️⃣ #️⃣ ❤️ ☺︎",
-    "🏴󠁧󠁢󠁥󠁮󠁧󠁿",
+    "\U0001f431",
+    "\U0001f431\U0001f436\U0001f98a",
+    "a \U0001f431 on a \U0001f680",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466 family",
+    "\U0001f44d\U0001f3fd \U0001f44b\U0001f3ff",
+    "\U0001f1e9\U0001f1ea\U0001f1ef\U0001f1f5\U0001f1e7\U0001f1f7",
+    "1\ufe0f\u20e3 #\ufe0f\u20e3 \u2764\ufe0f \u263a\ufe0e",
+    "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",
     # weights
     "(cat)",
     "(cat:1.2)",
@@ -161,8 +164,8 @@ WRITTEN = [
     "a cat, " * 300,
     "x" * 500,
     "(" + "heavy words " * 60 + ":1.2) light " + "tail " * 40,
-    "🐱" * 120,
-    "猫" * 200,
+    "\U0001f431" * 120,
+    "\u732b" * 200,
     ", ".join(f"(item {i}:1.{i})" for i in range(1, 60)),
     "\n".join(["line of a poem"] * 50),
 ]
@@ -178,10 +181,10 @@ FRAGMENTS = [
     ":1.3)",
     "((soft light))",
     "8k",
-    "🌅",
+    "\U0001f305",
     "naïve café",
-    "東京",
-    "Привет",
+    "\u6771\u4eac",
+    "\u041f\u0440\u0438\u0432\u0435\u0442",
     "\n",
     "  ",
     ", ",

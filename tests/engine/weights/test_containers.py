@@ -109,7 +109,7 @@ def test_pickles_are_never_opened(tmp_path: Path, suffix: str) -> None:
         open_checkpoint(path)
 
 
-@pytest.mark.parametrize(("name", "word"), [("model.gguf", "GGUF is not supported yet"), ("model.onnx", "not a kind"),
+@pytest.mark.parametrize(("name", "word"), [("model.gguf", "incomplete download"), ("model.onnx", "not a kind"),
                                             ("model", "no suffix"), ("config.json", "not a kind")])
 def test_other_files_are_refused_by_name(tmp_path: Path, name: str, word: str) -> None:
     (tmp_path / name).write_bytes(b"GGUF\x03\x00\x00\x00")

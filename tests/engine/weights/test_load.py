@@ -18,6 +18,7 @@ from flux_kit.engine.models.autoencoder import Autoencoder
 from flux_kit.engine.models.clip import ClipText
 from flux_kit.engine.models.flux import Flux
 from flux_kit.engine.models.t5 import T5Encoder
+from flux_kit.engine.models.vision import Redux, SiglipVision
 from flux_kit.engine.specs import (
     CLIP_L,
     FLUX_AE,
@@ -25,10 +26,14 @@ from flux_kit.engine.specs import (
     FLUX_DEV,
     FLUX_FILL,
     FLUX_SCHNELL,
+    REDUX,
+    SIGLIP,
     T5_XXL,
     AutoencoderSpec,
     ClipTextSpec,
     FluxSpec,
+    ReduxSpec,
+    SiglipSpec,
     T5Spec,
 )
 from flux_kit.engine.weights import build, detect, fill, load, open_checkpoint, to_diffusers
@@ -42,9 +47,13 @@ SPECS: dict[str, Any] = {
     "clip_l": ClipTextSpec(vocab_size=40, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
                            num_attention_heads=1, max_position_embeddings=9, bos_token_id=38, eos_token_id=39),
     "vae": AutoencoderSpec(ch=32, ch_mult=(1, 2), num_res_blocks=1),
+    "vision": SiglipSpec(image_size=32, patch_size=8, hidden_size=64, intermediate_size=80, num_hidden_layers=2,
+                         num_attention_heads=1),
+    "redux": ReduxSpec(redux_dim=24, txt_in_features=10),
 }
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    "transformer": Flux, "t5": T5Encoder, "clip_l": ClipText, "vae": Autoencoder}
+    "transformer": Flux, "t5": T5Encoder, "clip_l": ClipText, "vae": Autoencoder, "vision": SiglipVision,
+    "redux": Redux}
 State = dict[str, Tensor]
 
 
@@ -94,6 +103,7 @@ PREFIXES = {
     "transformer": ["model.diffusion_model.", "diffusion_model.", "transformer.", "net."],
     "t5": ["text_encoders.t5xxl.transformer.", "t5xxl.transformer."],
     "clip_l": ["text_encoders.clip_l.transformer.", "clip_l.transformer."], "vae": ["vae.", "first_stage_model."],
+    "vision": ["clip_vision.", "image_encoder."], "redux": ["image_embedder."],
 }
 
 
@@ -132,6 +142,7 @@ def test_sizes_survive_both_layouts(tmp_path: Path, spec: FluxSpec) -> None:
 SPELLINGS = {
     "norms called weight": ("transformer", r"((?:query|key)_norm)\.scale$", r"\1.weight"),
     "no text_model": ("clip_l", r"^text_model\.", ""),
+    "no vision_model": ("vision", r"^vision_model\.", ""),
     "embed_tokens alone": ("t5", r"^shared\.", "encoder.embed_tokens."),
 }
 
@@ -181,7 +192,8 @@ def test_folders_as_the_libraries_save_them(tmp_path: Path, library: str) -> Non
 def test_every_part_of_an_all_in_one(tmp_path: Path) -> None:
     states = {role: random_state(role) for role in MODELS}
     prefixes = {"transformer": "model.diffusion_model.", "t5": "text_encoders.t5xxl.transformer.",
-                "clip_l": "text_encoders.clip_l.transformer.", "vae": "vae."}
+                "clip_l": "text_encoders.clip_l.transformer.", "vae": "vae.", "vision": "clip_vision.",
+                "redux": "style_model."}
     path = save(tmp_path / "all.safetensors", {prefixes[role] + name: tensor for role, state in states.items()
                                                for name, tensor in state.items()})
     with open_checkpoint(path) as checkpoint:
@@ -277,7 +289,8 @@ def test_a_convolution_saved_flat_is_refused_in_our_own_layout(tmp_path: Path) -
 @pytest.mark.parametrize(("role", "surplus"), [
     ("transformer", "double_blocks.0.img_attn.extra.weight"), ("transformer", "double_blocks.7.img_attn.qkv.bias"),
     ("transformer", "img_in.extra"), ("t5", "encoder.block.0.layer.0.SelfAttention.extra"),
-    ("clip_l", "text_model.extra"), ("vae", "decoder.extra.weight")])
+    ("clip_l", "text_model.extra"), ("vae", "decoder.extra.weight"), ("vision", "vision_model.extra"),
+    ("redux", "redux_up.extra")])
 def test_unknown_names_inside_a_module_are_refused(tmp_path: Path, role: str, surplus: str) -> None:
     path = save(tmp_path / "model.safetensors", {**random_state(role), surplus: torch.zeros(2)})
     message = refused(path, role)
@@ -322,7 +335,8 @@ def test_harmless_surplus_is_silent_and_other_surplus_is_one_warning(
 @pytest.mark.parametrize(("role", "layout", "name"), [
     ("transformer", "bfl", "single_blocks.1.norm.key_norm.scale"), ("transformer", "bfl", "img_in.bias"),
     ("transformer", "diffusers", "single_blocks.1.linear1.bias"), ("t5", "hf", "encoder.final_layer_norm.weight"),
-    ("clip_l", "hf", "text_model.encoder.layers.0.layer_norm1.weight"), ("vae", "bfl", "decoder.norm_out.bias")])
+    ("clip_l", "hf", "text_model.encoder.layers.0.layer_norm1.weight"), ("vae", "bfl", "decoder.norm_out.bias"),
+    ("vision", "hf", "vision_model.post_layernorm.weight"), ("redux", "bfl", "redux_up.bias")])
 def test_nan_and_infinity_in_scales_and_norms_are_found(tmp_path: Path, role: str, layout: str, name: str,
                                                         value: float) -> None:
     state = random_state(role)
@@ -342,7 +356,8 @@ def test_numbers_that_do_not_fit_the_dtype_are_found(tmp_path: Path) -> None:
 
 def test_another_role_is_named(tmp_path: Path) -> None:
     paths = {role: save(tmp_path / f"{role}.safetensors", random_state(role)) for role in MODELS}
-    says = {"transformer": "a FLUX.1 transformer", "t5": "a T5", "clip_l": "a CLIP-L", "vae": "a FLUX.1 autoencoder"}
+    says = {"transformer": "a FLUX.1 transformer", "t5": "a T5", "clip_l": "a CLIP-L", "vae": "a FLUX.1 autoencoder",
+            "vision": "a SigLIP", "redux": "a FLUX.1 Redux"}
     for role, path in paths.items():
         for wanted in MODELS:
             if wanted != role:
@@ -355,6 +370,10 @@ def test_another_family_is_named(tmp_path: Path) -> None:
     spec = replace(SPECS["clip_l"], hidden_size=1280, num_attention_heads=20, num_hidden_layers=1, intermediate_size=8)
     path = save(tmp_path / "clip.safetensors", random_state("clip_l", spec, torch.bfloat16))
     assert "this is an SDXL CLIP-G" in refused(path, "clip_l")
+    tower = {"vision_model.embeddings.class_embedding": torch.zeros(1024),
+             **{name: value for name, value in random_state("vision").items() if "patch_embedding.bias" not in name}}
+    message = refused(save(tmp_path / "clip_vision_l.safetensors", tower), "vision")
+    assert "this is a CLIP ViT-L vision encoder" in message and "sigclip_vision_patch14_384" in message
     spec = replace(SPECS["vae"], z_channels=4)
     path = save(tmp_path / "sdxl_vae.safetensors", random_state("vae", spec))
     assert "SDXL autoencoder (4 latent channels" in refused(path, "vae")
@@ -375,10 +394,10 @@ def test_weights_in_a_type_that_means_nothing_alone_are_refused(tmp_path: Path) 
     assert "(U8)" in refused(save(tmp_path / "model.safetensors", state), "clip_l")
 
 
-def test_plain_fp8_is_cast(tmp_path: Path) -> None:
+def test_plain_fp8_is_cast_where_nothing_may_stay_packed(tmp_path: Path) -> None:
     state = random_state("clip_l", dtype=torch.float8_e4m3fn)
     path = save(tmp_path / "model.safetensors", state)
-    check(load(path, "clip_l", dtype=torch.bfloat16), "clip_l", state, torch.bfloat16)
+    check(load(path, "clip_l", dtype=torch.bfloat16, packed=None), "clip_l", state, torch.bfloat16)
 
 
 def test_a_model_of_the_host_is_filled_whatever_it_calls_its_norms(tmp_path: Path) -> None:
@@ -419,7 +438,8 @@ def test_an_unknown_role_is_a_mistake_of_the_caller(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "role", "spec"), [
     ("flux_dev_bfl", "transformer", FLUX_DEV), ("flux_schnell_bfl", "transformer", FLUX_SCHNELL),
     ("flux_fill_bfl", "transformer", FLUX_FILL), ("flux_control_bfl", "transformer", FLUX_CONTROL),
-    ("t5xxl_hf", "t5", T5_XXL), ("clip_l_hf", "clip_l", CLIP_L), ("ae_bfl", "vae", FLUX_AE)])
+    ("t5xxl_hf", "t5", T5_XXL), ("clip_l_hf", "clip_l", CLIP_L), ("ae_bfl", "vae", FLUX_AE),
+    ("siglip_so400m_vision_hf", "vision", SIGLIP), ("redux", "redux", REDUX)])
 def test_full_size_models_have_the_published_names_and_shapes(
         manifest: Callable[[str], Any], sparse: Callable[..., Path], tmp_path: Path, name: str, role: str,
         spec: Any) -> None:

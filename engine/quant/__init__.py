@@ -1,0 +1,7 @@
+"""Packed weights: the formats they are stored in, and layers that hold them."""
+
+from .codebooks import MissingCodebook
+from .formats import FORMATS, QuantFormat
+from .ops import PACKED, Embedding, Linear, PackedOps, packed_like
+
+__all__ = ["FORMATS", "PACKED", "Embedding", "Linear", "MissingCodebook", "PackedOps", "QuantFormat", "packed_like"]

@@ -1,0 +1,87 @@
+"""Stored tensors as weights: their numbers, or their packed rows with the scales that stand beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..quant.formats import FORMATS, QuantFormat
+from .containers import TensorInfo, torch_dtype
+from .keymaps import Source
+
+SCALES = ("scale_weight", "weight_scale")
+"""What writers call the number that all weights of a layer are to be multiplied by."""
+UNUSED = ("scale_input", "input_scale")
+"""Scales of the layer's input for products in fp8; here products are in the dtype of the input, which needs none."""
+ALIGNMENT = 4
+"""Formats are read as words of up to so many bytes."""
+
+
+def beside(name: str, ending: str) -> str:
+    """The name of a side tensor: `img_in.weight` -> `img_in.scale_weight`."""
+    return f"{name.rpartition('.')[0]}.{ending}"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The tensors of one part by bare name.
+
+    `dtype`: what packed weights become where they cannot stay packed, None: fp32. It also decides about plain fp8,
+    which torch holds itself: as stored for None, else packed.
+    """
+
+    infos: Mapping[str, TensorInfo]
+    dtype: torch.dtype | None
+
+    def scale_name(self, name: str) -> str | None:
+        """The name of the tensor's scale, if it has one."""
+        names = (beside(name, ending) for ending in SCALES if name.endswith(".weight"))
+        return next((found for found in names if found in self.infos), None)
+
+    def scale(self, name: str) -> Tensor | None:
+        """Its scale, `()` fp32."""
+        found = self.scale_name(name)
+        return None if found is None else self.infos[found].read().to(torch.float32).reshape(())
+
+    def format(self, name: str) -> QuantFormat | None:
+        """The format of a packed tensor, None for numbers that torch holds."""
+        info = self.infos[name]
+        if torch_dtype(info.format) is None:
+            return FORMATS.get(info.format)
+        fp8 = info.format in ("F8_E4M3", "F8_E5M2")
+        return FORMATS[info.format] if fp8 and (self.dtype is not None or self.scale_name(name)) else None
+
+    def rows(self, name: str) -> Tensor:
+        """Packed rows `(rows, row_bytes)` uint8: a view of the file wherever its bytes are aligned."""
+        info = self.infos[name]
+        raw = info.raw()
+        if raw.data_ptr() % ALIGNMENT:
+            raw = raw.clone()
+        return raw.view(info.shape[0] if len(info.shape) > 1 else 1, -1)
+
+    def numbers(self, name: str) -> Tensor:
+        """The tensor in its own dtype, or a packed one unpacked, with its scale in it."""
+        info, format, scale = self.infos[name], self.format(name), self.scale(name)
+        if format is not None and info.nbytes:
+            return format.dequantize(self.rows(name), self.dtype or torch.float32, scale=scale).view(info.shape)
+        found = info.read()
+        return found if scale is None else (found.float() * scale).to(self.dtype or torch.float32)
+
+    def format_of(self, source: Source) -> QuantFormat | None:
+        """The format in which `source` can be put together row by row: that of all its tensors."""
+        formats = {self.format(name) for name in source.names}
+        format = next(iter(formats))
+        return format if len(formats) == 1 else None
+
+    def scales_of(self, source: Source) -> Tensor | None:
+        """The scales of `source`'s rows, fp32: `()` if they have one, `(rows, 1)` if they come from several tensors."""
+        scales = {name: self.scale(name) for name in source.names}
+        if all(scale is None for scale in scales.values()):
+            return None
+        if len(scales) == 1:
+            return scales[source.names[0]]
+        each = {name: torch.ones(()) if scale is None else scale for name, scale in scales.items()}
+        return torch.cat([each[piece.name].expand(piece.rows) for piece in source.pieces])[:, None]
