@@ -15,7 +15,8 @@ from . import report
 from .parser import UsageError, build_parser
 
 DONE, FAILED, WRONG_USAGE = 0, 1, 2
-COMMANDS = {"run": ".run", "generate": ".generate", "inspect": ".inspect", "doctor": ".doctor"}
+COMMANDS = {"run": ".run", "generate": ".generate", "inspect": ".inspect", "quantize": ".quantize",
+            "doctor": ".doctor"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

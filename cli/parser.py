@@ -9,6 +9,7 @@ from typing import NoReturn
 
 SEED_MAX = 2**64 - 1
 DTYPES = ("auto", "bf16", "fp16", "fp32")
+PARTS = ("transformer", "t5", "clip_l")
 MEMORY = ("auto", "full", "stream", "cpu")
 
 
@@ -129,12 +130,28 @@ def _add_run(commands: argparse._SubParsersAction[Parser]) -> None:
     _add_json(command)
 
 
+def _add_quantize(commands: argparse._SubParsersAction[Parser]) -> None:
+    command = commands.add_parser(
+        "quantize", help="make a smaller model file",
+        description="Write a transformer, T5 or CLIP-L file in a smaller type: GGUF (Q8_0, Q6_K, Q5_K_M, Q5_K_S, Q5_1, "
+                    "Q5_0, Q4_K_M, Q4_K_S, Q4_1, Q4_0, IQ4_NL, IQ4_XS, Q3_K_M, Q3_K_S, Q2_K, BF16, F16) or safetensors "
+                    "(fp8_scaled, int8_tensorwise).")
+    command.add_argument("source", metavar="SRC", type=Path, help="a model file, a shard index or a folder")
+    command.add_argument("destination", metavar="DST", type=Path, help="the file to write: .gguf, or .safetensors")
+    command.add_argument("--type", metavar="T", required=True, help="what to make of the weights, for example Q4_K_M")
+    command.add_argument("--part", choices=PARTS, help="which part of an all-in-one file")
+    command.add_argument("--force", action="store_true", help="overwrite DST if it is there")
+    command.add_argument("--device", default="auto", help="where to work it out: auto, cpu, cuda ... (default: auto)")
+    _add_json(command)
+
+
 def build_parser() -> Parser:
     parser = Parser(prog="flux-kit", description="FLUX.1 pictures from the command line: the engine, nodes and "
                     "workflow files of the ComfyUI node pack, without ComfyUI.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     _add_generate(commands)
     _add_run(commands)
+    _add_quantize(commands)
     command = commands.add_parser("inspect", help="say what model files are", description="Say what model files are, "
                                   "from their headers. Exit code 1 if any file is refused.")
     command.add_argument("files", metavar="FILE", type=Path, nargs="+",

@@ -1,0 +1,91 @@
+"""What quantising did: sizes, types, and how far the new weights are from the old."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import Tensor
+
+_BLOCK = re.compile(r"((?:^|\.)(?:double_blocks|single_blocks|block|layers)\.)\d+\.")
+WORST = 10
+
+
+@dataclass
+class Deviation:
+    """Sums over weights: each tile in fp32, the tiles in double precision."""
+
+    difference: float = 0.0
+    total: float = 0.0
+
+    def add(self, before: Tensor, after: Tensor) -> None:
+        self.difference += float((after - before).square_().sum())
+        self.total += float(before.square().sum())
+
+    @property
+    def relative(self) -> float:
+        """Root mean square of the differences over that of the weights."""
+        return math.sqrt(self.difference / self.total) if self.total > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor, by our name."""
+
+    name: str
+    type: str
+    weights: int
+    nbytes: int
+    deviation: Deviation
+
+
+@dataclass(frozen=True)
+class LayerClass:
+    """Tensors that differ only in the number of their block (`*`)."""
+
+    name: str
+    types: tuple[str, ...]
+    weights: int
+    nbytes: int
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """`bytes_before` counts the part that was taken, `bytes_after` the whole file. `types`: tensors of each type."""
+
+    role: str
+    type: str
+    bytes_before: int
+    bytes_after: int
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def types(self) -> dict[str, int]:
+        return dict(Counter(row.type for row in self.rows).most_common())
+
+    @property
+    def relative_error(self) -> float:
+        return _joined(self.rows).relative
+
+    @property
+    def classes(self) -> tuple[LayerClass, ...]:
+        groups: dict[str, list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault(_BLOCK.sub(r"\1*.", row.name), []).append(row)
+        return tuple(LayerClass(name, tuple(dict.fromkeys(row.type for row in rows)), sum(row.weights for row in rows),
+                                sum(row.nbytes for row in rows), _joined(rows).relative)
+                     for name, rows in groups.items())
+
+    @property
+    def worst(self) -> tuple[Row, ...]:
+        """The tensors farthest from what they were, the farthest first."""
+        changed = [row for row in self.rows if row.deviation.difference > 0]
+        return tuple(sorted(changed, key=lambda row: -row.deviation.relative)[:WORST])
+
+
+def _joined(rows: tuple[Row, ...] | list[Row]) -> Deviation:
+    return Deviation(sum(row.deviation.difference for row in rows), sum(row.deviation.total for row in rows))

@@ -1,0 +1,1 @@
+from family_fixtures import *  # noqa: F403 - fixtures shared by several folders of tests
