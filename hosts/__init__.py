@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from ..engine.models.autoencoder import Autoencoder
     from ..engine.models.flux import Flux
+    from ..engine.models.vision import Redux, SiglipVision
     from ..engine.text import TextEncoders
 
 Conditioning = list[list[Any]]  # [[cond (1, L, d_model), {"pooled_output": (1, hidden), "guidance": float, ...}], ...]
@@ -32,7 +33,8 @@ class Progress(Protocol):
 
 class Host(Protocol):
     """CONDITIONING, LATENT, IMAGE (B, H, W, 3) fp32 0..1 and MASK (B, H, W) fp32 0..1 are ComfyUI's plain data in
-    every host; MODEL, CLIP and VAE are the host's own: made with `wrap_*` and handed back, never looked into."""
+    every host; MODEL, CLIP, VAE, CLIP_VISION and STYLE_MODEL are the host's own: made with `wrap_*` and handed back,
+    never looked into."""
 
     name: str
     """"standalone" or "comfyui"."""
@@ -40,7 +42,8 @@ class Host(Protocol):
     @property
     def io(self) -> Any:
         """The namespace nodes are declared with: ComfyNode, Schema, NodeOutput, Hidden, FolderType, Int, Float, String,
-        Boolean, Combo, Image, Mask, Latent, Conditioning, Model, Clip, Vae, Sigmas ..., as `comfy_api.latest.io`."""
+        Boolean, Combo, Image, Mask, Latent, Conditioning, Model, Clip, Vae, ClipVision, StyleModel, Sigmas ..., as
+        `comfy_api.latest.io`."""
 
     # -- files
     def list_files(self, kind: str) -> list[str]:
@@ -62,6 +65,12 @@ class Host(Protocol):
     def load_vae(self, path: Path) -> Any:
         """VAE of the autoencoder in a file."""
 
+    def load_clip_vision(self, path: Path) -> Any:
+        """CLIP_VISION of the SigLIP vision encoder in a file."""
+
+    def load_style_model(self, path: Path) -> Any:
+        """STYLE_MODEL of the Redux projector in a file."""
+
     def wrap_model(self, flux: Flux, path: str | Path) -> Any:
         """MODEL from an engine transformer; `path` is the file it came from (for messages and metadata)."""
 
@@ -70,6 +79,12 @@ class Host(Protocol):
 
     def wrap_vae(self, autoencoder: Autoencoder, path: str | Path) -> Any:
         """VAE from an engine autoencoder."""
+
+    def wrap_clip_vision(self, vision: SiglipVision, path: str | Path) -> Any:
+        """CLIP_VISION from an engine vision encoder."""
+
+    def wrap_style_model(self, redux: Redux, path: str | Path) -> Any:
+        """STYLE_MODEL from an engine Redux projector."""
 
     # -- work
     def encode_prompt(self, clip: Any, clip_text: str, t5_text: str | None = None, guidance: float | None = None,
@@ -99,6 +114,13 @@ class Host(Protocol):
     def encode(self, vae: Any, image: torch.Tensor, *, mask: torch.Tensor | None = None) -> Latent:
         """LATENT of an IMAGE; sides are cut to multiples of 8 about the centre, as core does. With `mask` (B, H, W),
         1 = repaint, it becomes `noise_mask`."""
+
+    def see(self, clip_vision: Any, image: torch.Tensor, *, crop: bool = False) -> torch.Tensor:
+        """Last states (B, L, width) fp32 of an IMAGE, one row of tokens a picture. `crop`: the middle square, as core's
+        node does by default; else the whole picture, stretched, as BFL does. BadInput, NotFinite."""
+
+    def style_tokens(self, style_model: Any, states: torch.Tensor) -> torch.Tensor:
+        """Text tokens (B, L, d_model) fp32 of states that `see` gave. BadInput if they are of another width."""
 
     def save_images(self, images: torch.Tensor, prefix: str, metadata: Metadata | None = None) -> list[dict[str, str]]:
         """Writes PNGs `<prefix>_00001_.png` ... under the output folder, never over a file; -> [{"filename",

@@ -23,6 +23,7 @@ NodeOutput = _io.NodeOutput
 Hidden = _io.Hidden
 Boolean = _io.Boolean
 Clip = _io.Clip
+ClipVision = _io.ClipVision
 Combo = _io.Combo
 Conditioning = _io.Conditioning
 Float = _io.Float
@@ -32,6 +33,7 @@ Latent = _io.Latent
 Mask = _io.Mask
 Model = _io.Model
 String = _io.String
+StyleModel = _io.StyleModel
 Vae = _io.Vae
 
 _SCHEMA_KEYWORDS = frozenset(inspect.signature(_io.Schema).parameters)

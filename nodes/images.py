@@ -14,6 +14,7 @@ class FluxKitDecode(api.ComfyNode):
     def define_schema(cls) -> Any:
         return api.Schema(
             node_id="FluxKitDecode", display_name="Flux Decode", category="Flux Kit/Latent",
+            search_aliases=["vae decode", "latent to image"],
             description="Turns a latent into a picture.",
             inputs=[api.Latent.Input("latent", tooltip="A latent from a sampler."),
                     api.Vae.Input("vae", tooltip="The FLUX.1 autoencoder.")],
@@ -29,6 +30,7 @@ class FluxKitEncode(api.ComfyNode):
     def define_schema(cls) -> Any:
         return api.Schema(
             node_id="FluxKitEncode", display_name="Flux Encode", category="Flux Kit/Latent",
+            search_aliases=["vae encode", "image to latent", "img2img", "inpaint mask"],
             description="Turns a picture into a latent to start from. With a mask only the masked part changes.",
             inputs=[api.Image.Input("image", tooltip="A picture. Its sides are cut to multiples of 8."),
                     api.Vae.Input("vae", tooltip="The FLUX.1 autoencoder."),
@@ -45,6 +47,7 @@ class FluxKitSave(api.ComfyNode):
     def define_schema(cls) -> Any:
         return api.Schema(
             node_id="FluxKitSave", display_name="Flux Save", category="Flux Kit/Image", is_output_node=True,
+            search_aliases=["save image", "png", "output"],
             description="Saves pictures as PNG files that carry their workflow.",
             inputs=[api.Image.Input("images", tooltip="The pictures to save."),
                     api.String.Input("filename_prefix", default="FluxKit",

@@ -9,6 +9,7 @@ from . import api
 from .api import FROM_MODEL, host
 
 MODELS, ENCODERS, AUTOENCODERS = "diffusion_models", "text_encoders", "vae"
+VISION, STYLES = "clip_vision", "style_models"
 MODEL_TIP = ("A FLUX.1 transformer (folder diffusion_models), or an all-in-one file (folder checkpoints). Any layout: "
              "BFL, diffusers or ComfyUI; what the file is, is read from its header.")
 CLIP_L_TIP = "The CLIP-L text encoder (folder text_encoders), or an all-in-one file that holds it."
@@ -16,6 +17,9 @@ T5_TIP = "The T5 text encoder (T5-XXL for FLUX.1; folder text_encoders), or an a
 VAE_TIP = "The FLUX.1 autoencoder, usually ae.safetensors (folder vae), or an all-in-one file that holds it."
 MODEL_OUT, CLIP_OUT = "The transformer, for a sampler.", "Both text encoders, for Encode Prompt."
 VAE_OUT = "The autoencoder, for Decode and Encode."
+VISION_TIP = ("The SigLIP vision encoder, usually sigclip_vision_patch14_384.safetensors (folder clip_vision). CLIP "
+              "vision encoders of other models do not fit.")
+STYLE_TIP = "FLUX.1 Redux, usually flux1-redux-dev.safetensors (folder style_models)."
 
 
 class FluxKitLoadFlux(api.FileNode):
@@ -26,6 +30,7 @@ class FluxKitLoadFlux(api.FileNode):
         inside = f" \"{FROM_MODEL}\": it is part of the model file."
         return api.Schema(
             node_id="FluxKitLoadFlux", display_name="Load Flux", category="Flux Kit/Load",
+            search_aliases=["flux loader", "checkpoint loader", "load checkpoint", "load diffusion model"],
             description="Loads all that FLUX.1 needs: transformer, both text encoders and autoencoder, from "
                         "single files or from one all-in-one file.",
             inputs=[api.Combo.Input("model", options=api.files(MODELS), tooltip=MODEL_TIP),
@@ -61,6 +66,7 @@ class FluxKitLoadTransformer(api.FileNode):
     def define_schema(cls) -> Any:
         return api.Schema(
             node_id="FluxKitLoadTransformer", display_name="Load Flux Transformer", category="Flux Kit/Load",
+            search_aliases=["unet loader", "load diffusion model", "flux model loader"],
             description="Loads the FLUX.1 transformer alone.",
             inputs=[api.Combo.Input("model", options=api.files(MODELS), tooltip=MODEL_TIP)],
             outputs=[api.Model.Output("MODEL", tooltip=MODEL_OUT)])
@@ -81,6 +87,7 @@ class FluxKitLoadTextEncoders(api.FileNode):
     def define_schema(cls) -> Any:
         return api.Schema(
             node_id="FluxKitLoadTextEncoders", display_name="Load Text Encoders", category="Flux Kit/Load",
+            search_aliases=["dual clip loader", "clip loader", "t5 loader"],
             description="Loads the two text encoders of FLUX.1.",
             inputs=[api.Combo.Input("clip_l", options=api.files(ENCODERS), tooltip=CLIP_L_TIP),
                     api.Combo.Input("t5", options=api.files(ENCODERS), tooltip=T5_TIP)],
@@ -102,6 +109,7 @@ class FluxKitLoadVAE(api.FileNode):
     def define_schema(cls) -> Any:
         return api.Schema(
             node_id="FluxKitLoadVAE", display_name="Load Flux VAE", category="Flux Kit/Load",
+            search_aliases=["vae loader", "load autoencoder", "ae.safetensors"],
             description="Loads the FLUX.1 autoencoder alone.",
             inputs=[api.Combo.Input("vae", options=api.files(AUTOENCODERS), tooltip=VAE_TIP)],
             outputs=[api.Vae.Output("VAE", tooltip=VAE_OUT)])
@@ -113,3 +121,27 @@ class FluxKitLoadVAE(api.FileNode):
     @classmethod
     def execute(cls, vae: str) -> Any:
         return api.NodeOutput(host().load_vae(api.file_of(AUTOENCODERS, vae)))
+
+
+class FluxKitLoadRedux(api.FileNode):
+    KINDS: ClassVar[dict[str, str]] = {"clip_vision": VISION, "style_model": STYLES}
+
+    @classmethod
+    def define_schema(cls) -> Any:
+        return api.Schema(
+            node_id="FluxKitLoadRedux", display_name="Load Flux Redux", category="Flux Kit/Load",
+            search_aliases=["clip vision loader", "style model loader", "redux", "siglip"],
+            description="Loads what FLUX.1 Redux needs to see a picture: vision encoder and projector.",
+            inputs=[api.Combo.Input("clip_vision", options=api.files(VISION), tooltip=VISION_TIP),
+                    api.Combo.Input("style_model", options=api.files(STYLES), tooltip=STYLE_TIP)],
+            outputs=[api.ClipVision.Output("CLIP_VISION", tooltip="The vision encoder, for CLIP Vision Encode."),
+                     api.StyleModel.Output("STYLE_MODEL", tooltip="The projector, for Apply Style Model.")])
+
+    @classmethod
+    def validate_inputs(cls, clip_vision: str | None = None, style_model: str | None = None) -> bool | str:
+        return api.check_files(clip_vision=(VISION, clip_vision), style_model=(STYLES, style_model))
+
+    @classmethod
+    def execute(cls, clip_vision: str, style_model: str) -> Any:
+        return api.NodeOutput(host().load_clip_vision(api.file_of(VISION, clip_vision)),
+                              host().load_style_model(api.file_of(STYLES, style_model)))

@@ -22,6 +22,7 @@ class FluxKitEmptyLatent(api.ComfyNode):
     def define_schema(cls) -> Any:
         return api.Schema(
             node_id="FluxKitEmptyLatent", display_name="Empty Flux Latent", category="Flux Kit/Latent",
+            search_aliases=["empty latent image", "resolution", "aspect ratio", "picture size", "width height"],
             description="The size of the picture: an aspect and megapixels, or width and height.",
             inputs=[api.Combo.Input("aspect", options=list(ASPECTS), default=CUSTOM,
                                     tooltip="Width : height. custom: the sizes below."),
@@ -31,8 +32,10 @@ class FluxKitEmptyLatent(api.ComfyNode):
                     api.Int.Input("height", tooltip=f"Height {SIDE_TIP}", **SIDE),
                     api.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Pictures made at once.")],
             outputs=[api.Latent.Output("LATENT", tooltip="An empty latent, for a sampler."),
-                     api.Int.Output("picture_width", tooltip="Width of the picture in pixels."),
-                     api.Int.Output("picture_height", tooltip="Height of the picture in pixels.")])
+                     api.Int.Output("picture_width", display_name="picture_width",
+                                    tooltip="Width of the picture in pixels."),
+                     api.Int.Output("picture_height", display_name="picture_height",
+                                    tooltip="Height of the picture in pixels.")])
 
     @classmethod
     def validate_inputs(cls, aspect: str | None = None, width: int | None = None,
@@ -66,6 +69,7 @@ class FluxKitSampler(api.ComfyNode):
     def define_schema(cls) -> Any:
         return api.Schema(
             node_id="FluxKitSampler", display_name="Flux Sampler", category="Flux Kit/Sampling",
+            search_aliases=["ksampler", "sampling", "denoise", "steps", "seed"],
             description="Makes a latent out of noise, or out of a given latent and noise, step by step.",
             inputs=[
                 api.Model.Input("model", tooltip="The transformer."),

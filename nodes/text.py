@@ -16,6 +16,7 @@ class FluxKitEncodePrompt(api.ComfyNode):
     def define_schema(cls) -> Any:
         return api.Schema(
             node_id="FluxKitEncodePrompt", display_name="Encode Flux Prompt", category="Flux Kit/Text",
+            search_aliases=["clip text encode", "flux guidance", "positive prompt", "negative prompt"],
             description="Encodes a prompt with both text encoders and sets the guidance. (word:1.2) weighs words.",
             inputs=[api.Clip.Input("clip", tooltip="Both text encoders."),
                     api.String.Input("prompt", multiline=True, dynamic_prompts=True, default="",

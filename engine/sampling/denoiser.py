@@ -18,15 +18,17 @@ from torch import Tensor, nn
 from ..errors import BadInput, NotFinite
 from ..specs import DEFAULT_GUIDANCE, FluxSpec
 from .latents import image_ids, patchify, text_ids, unpatchify
+from .masks import AttentionMask, read_mask
 from .sigmas import FlowTable, table_for
 
 log = logging.getLogger(__name__)
 
 Conditioning = Sequence[Sequence[Any]]
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
-"""img_ids, txt, txt_ids, y, guidance: the transformer's inputs that do not change from step to step."""
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+"""img_ids, txt, txt_ids, y, guidance, attn_mask: the transformer's inputs that do not change from step to step."""
 
-UNDERSTOOD = {"pooled_output", "guidance", "strength", "start_percent", "end_percent"}
+UNDERSTOOD = {"pooled_output", "guidance", "strength", "start_percent", "end_percent", "attention_mask",
+              "attention_mask_img_shape"}
 HARMLESS = {  # what text encoders and core nodes leave behind and no FLUX.1 model reads
     "width", "height", "crop_w", "crop_h", "target_width", "target_height", "aesthetic_score", "prompt_type", "uuid",
     "cross_attn", "model_conds", "clip_start_percent", "clip_end_percent", "add_dict", "unpooled_output",
@@ -46,6 +48,7 @@ class Prompt:
     strength: float = 1.0
     sigma_start: float = 1.0
     sigma_end: float = 0.0
+    mask: AttentionMask | None = None
 
     @property
     def always(self) -> bool:
@@ -88,7 +91,8 @@ def _read_entry(cond: Tensor, options: Mapping[str, Any], spec: FluxSpec, table:
                             "and run the text encoders in bf16 or fp32 if they run in fp16")
     return Prompt(txt=cond, y=pooled, guidance=_guidance(options, spec, role), strength=_strength(options, role),
                   sigma_start=_as_fp32(table.percent_to_sigma(options.get("start_percent", 0.0))),
-                  sigma_end=_as_fp32(table.percent_to_sigma(options.get("end_percent", 1.0))))
+                  sigma_end=_as_fp32(table.percent_to_sigma(options.get("end_percent", 1.0))),
+                  mask=read_mask(options, cond.shape[1], role))
 
 
 def _as_fp32(value: float) -> float:
@@ -183,8 +187,9 @@ class Denoiser:
 
     def _denoise(self, prompt: Prompt, x: Tensor, sigma: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        img_ids, txt, txt_ids, y, guidance = self._inputs(prompt, x)
-        velocity: Tensor = self.flux(patchify(x).to(self.dtype), img_ids, txt, txt_ids, sigma.float(), y, guidance)
+        img_ids, txt, txt_ids, y, guidance, mask = self._inputs(prompt, x)
+        velocity: Tensor = self.flux(patchify(x).to(self.dtype), img_ids, txt, txt_ids, sigma.float(), y, guidance,
+                                     attn_mask=mask)
         return x - unpatchify(velocity, height, width).to(x.dtype) * sigma.to(x.dtype).view(-1, 1, 1, 1)
 
     def _inputs(self, prompt: Prompt, x: Tensor) -> Inputs:
@@ -197,5 +202,12 @@ class Denoiser:
                 image_ids(batch, height, width, device=x.device), txt,
                 text_ids(batch, txt.shape[1], device=x.device),
                 repeat_to_batch(prompt.y, batch).to(x.device, self.dtype),
-                None if prompt.guidance is None else torch.full((batch,), prompt.guidance, device=x.device))
+                None if prompt.guidance is None else torch.full((batch,), prompt.guidance, device=x.device),
+                self._mask(prompt, batch, (math.ceil(height / 2), math.ceil(width / 2)), x.device))
         return self._kept[key]
+
+    def _mask(self, prompt: Prompt, batch: int, grid: tuple[int, int], device: torch.device) -> Tensor | None:
+        if prompt.mask is None:
+            return None
+        bias = prompt.mask.fitted(grid)
+        return (bias if len(bias) == 1 else repeat_to_batch(bias, batch)).to(device, self.dtype)

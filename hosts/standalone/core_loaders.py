@@ -16,17 +16,17 @@ INT_LIMIT = 2**63 - 1
 GUIDANCE: dict[str, Any] = {"default": 3.5, "min": 0.0, "max": 100.0, "step": 0.1}
 
 
-def _file(name: str, kind: str, tooltip: str) -> io.Input:
+def file_input(name: str, kind: str, tooltip: str) -> io.Input:
     return io.Combo.Input(name, options=here().list_files(kind), tooltip=tooltip)
 
 
-def _check(kind: str, *names: str | None) -> bool | str:
+def check_files(kind: str, *names: str | None) -> bool | str:
     """Answer of `validate_inputs` for file widgets: a name may differ in slashes, case or subfolder. None: linked."""
     answers = [problems(here().resolve_file, kind, name) for name in names]
     return next((answer for answer in answers if answer is not True), True)
 
 
-class _FileNode(io.ComfyNode):
+class FileNode(io.ComfyNode):
     """Runs anew when a file it names has changed on disk. `KIND` is the kind of all its file widgets, the `*_name*`."""
 
     KIND: ClassVar[str]
@@ -43,41 +43,41 @@ def _device() -> io.Input:
                           tooltip="Where the encoders run: the host's device, or the CPU.")
 
 
-class UNETLoader(_FileNode):
+class UNETLoader(FileNode):
     KIND = "diffusion_models"
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="UNETLoader", display_name="Load Diffusion Model", category="advanced/loaders",
-            inputs=[_file("unet_name", "diffusion_models", "A FLUX.1 transformer file."),
+            inputs=[file_input("unet_name", "diffusion_models", "A FLUX.1 transformer file."),
                     io.Combo.Input("weight_dtype", options=["default"], tooltip="The host's compute precision.")],
             outputs=[io.Model.Output()])
 
     @classmethod
     def validate_inputs(cls, unet_name: str | None = None) -> bool | str:
-        return _check("diffusion_models", unet_name)
+        return check_files("diffusion_models", unet_name)
 
     @classmethod
     def execute(cls, unet_name: str, weight_dtype: str) -> io.NodeOutput:
         return io.NodeOutput(here().load_model(here().resolve_file("diffusion_models", unet_name)))
 
 
-class DualCLIPLoader(_FileNode):
+class DualCLIPLoader(FileNode):
     KIND = "text_encoders"
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="DualCLIPLoader", display_name="DualCLIPLoader", category="advanced/loaders",
-            inputs=[_file("clip_name1", "text_encoders", "CLIP-L or T5, in either order."),
-                    _file("clip_name2", "text_encoders", "The other encoder."),
+            inputs=[file_input("clip_name1", "text_encoders", "CLIP-L or T5, in either order."),
+                    file_input("clip_name2", "text_encoders", "The other encoder."),
                     io.Combo.Input("type", options=["flux"], tooltip="The model family."), _device()],
             outputs=[io.Clip.Output()])
 
     @classmethod
     def validate_inputs(cls, clip_name1: str | None = None, clip_name2: str | None = None) -> bool | str:
-        return _check("text_encoders", clip_name1, clip_name2)
+        return check_files("text_encoders", clip_name1, clip_name2)
 
     @classmethod
     def execute(cls, clip_name1: str, clip_name2: str, type: str, device: str = "default") -> io.NodeOutput:
@@ -86,20 +86,20 @@ class DualCLIPLoader(_FileNode):
         return io.NodeOutput(host.load_text_encoders(files, device=None if device == "default" else device))
 
 
-class CLIPLoader(_FileNode):
+class CLIPLoader(FileNode):
     KIND = "text_encoders"
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CLIPLoader", display_name="Load CLIP", category="advanced/loaders",
-            inputs=[_file("clip_name", "text_encoders", "A file that holds both CLIP-L and T5."),
+            inputs=[file_input("clip_name", "text_encoders", "A file that holds both CLIP-L and T5."),
                     io.Combo.Input("type", options=["flux"], tooltip="The model family."), _device()],
             outputs=[io.Clip.Output()])
 
     @classmethod
     def validate_inputs(cls, clip_name: str | None = None) -> bool | str:
-        return _check("text_encoders", clip_name)
+        return check_files("text_encoders", clip_name)
 
     @classmethod
     def execute(cls, clip_name: str, type: str, device: str = "default") -> io.NodeOutput:
@@ -108,36 +108,37 @@ class CLIPLoader(_FileNode):
         return io.NodeOutput(host.load_text_encoders(files, device=None if device == "default" else device))
 
 
-class VAELoader(_FileNode):
+class VAELoader(FileNode):
     KIND = "vae"
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(node_id="VAELoader", display_name="Load VAE", category="loaders",
-                         inputs=[_file("vae_name", "vae", "A FLUX.1 autoencoder file.")], outputs=[io.Vae.Output()])
+                         inputs=[file_input("vae_name", "vae", "A FLUX.1 autoencoder file.")],
+                         outputs=[io.Vae.Output()])
 
     @classmethod
     def validate_inputs(cls, vae_name: str | None = None) -> bool | str:
-        return _check("vae", vae_name)
+        return check_files("vae", vae_name)
 
     @classmethod
     def execute(cls, vae_name: str) -> io.NodeOutput:
         return io.NodeOutput(here().load_vae(here().resolve_file("vae", vae_name)))
 
 
-class CheckpointLoaderSimple(_FileNode):
+class CheckpointLoaderSimple(FileNode):
     KIND = "checkpoints"
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CheckpointLoaderSimple", display_name="Load Checkpoint", category="loaders",
-            inputs=[_file("ckpt_name", "checkpoints", "A file that holds transformer, encoders and autoencoder.")],
+            inputs=[file_input("ckpt_name", "checkpoints", "A file that holds transformer, encoders and autoencoder.")],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()])
 
     @classmethod
     def validate_inputs(cls, ckpt_name: str | None = None) -> bool | str:
-        return _check("checkpoints", ckpt_name)
+        return check_files("checkpoints", ckpt_name)
 
     @classmethod
     def execute(cls, ckpt_name: str) -> io.NodeOutput:

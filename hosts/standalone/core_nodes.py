@@ -1,4 +1,4 @@
-"""The core nodes of ComfyUI that FLUX.1 text-to-image workflows use, for the standalone host."""
+"""The core nodes of ComfyUI that FLUX.1 workflows use, for the standalone host."""
 
 from __future__ import annotations
 
@@ -6,5 +6,6 @@ from . import io
 from .core_images import IMAGE_NODES
 from .core_loaders import LOADER_NODES
 from .core_sampling import SAMPLING_NODES
+from .core_vision import VISION_NODES
 
-CORE_NODES: list[type[io.ComfyNode]] = [*LOADER_NODES, *SAMPLING_NODES, *IMAGE_NODES]
+CORE_NODES: list[type[io.ComfyNode]] = [*LOADER_NODES, *SAMPLING_NODES, *IMAGE_NODES, *VISION_NODES]

@@ -21,6 +21,7 @@ from ...engine.models.clip import ClipText
 from ...engine.models.flux import Flux
 from ...engine.models.t5 import T5Encoder
 from ...engine.models.tiling import ROWS, decode_tiled
+from ...engine.models.vision import Redux, SiglipVision, check_pictures, to_pixels
 from ...engine.sampling import Denoiser, cfg_window_in_sigmas, process_out, table_for
 from ...engine.specs import FLUX_AE
 from ...engine.text import TextEncoders, encoder_files, find_tokenizer
@@ -31,10 +32,12 @@ from .folders import Folders
 from .images import read_image
 from .objects import (
     Clip,
+    ClipVision,
     Guider,
     Model,
     Noise,
     Sampled,
+    StyleModel,
     Vae,
     check_latent_size,
     checked_samples,
@@ -178,9 +181,22 @@ class StandaloneHost:
         return self.wrap_clip(encoders, found["t5"])
 
     def load_vae(self, path: Path) -> Vae:
-        """VAE of the autoencoder in a file. bf16 where the transformer runs in it; fp16 overflows in autoencoders."""
-        dtype = torch.bfloat16 if self.dtype == torch.bfloat16 and self.device.type == "cuda" else torch.float32
-        return self.wrap_vae(self._module(path, "vae", Autoencoder, dtype, self.device), path)
+        """VAE of the autoencoder in a file."""
+        return self.wrap_vae(self._module(path, "vae", Autoencoder, self._wide_dtype, self.device), path)
+
+    def load_clip_vision(self, path: Path) -> ClipVision:
+        """CLIP_VISION of the SigLIP vision encoder in a file."""
+        return self.wrap_clip_vision(self._module(path, "vision", SiglipVision, self._wide_dtype, self.device), path)
+
+    def load_style_model(self, path: Path) -> StyleModel:
+        """STYLE_MODEL of the Redux projector in a file."""
+        return self.wrap_style_model(self._module(path, "redux", Redux, self._wide_dtype, self.device), path)
+
+    @property
+    def _wide_dtype(self) -> torch.dtype:
+        """Of models that are small and overflow in fp16: bf16 where the transformer runs in it, else fp32."""
+        bf16 = self.dtype == torch.bfloat16 and self.device.type == "cuda"
+        return torch.bfloat16 if bf16 else torch.float32
 
     def wrap_model(self, flux: Flux, path: str | Path) -> Model:
         return Model(flux, table_for(flux.spec), Path(path))
@@ -190,6 +206,12 @@ class StandaloneHost:
 
     def wrap_vae(self, autoencoder: Autoencoder, path: str | Path) -> Vae:
         return Vae(autoencoder, Path(path))
+
+    def wrap_clip_vision(self, vision: SiglipVision, path: str | Path) -> ClipVision:
+        return ClipVision(vision, Path(path))
+
+    def wrap_style_model(self, redux: Redux, path: str | Path) -> StyleModel:
+        return StyleModel(redux, Path(path))
 
     # -- work
     def encode_prompt(self, clip: Clip, clip_text: str, t5_text: str | None = None, guidance: float | None = None,
@@ -301,6 +323,31 @@ class StandaloneHost:
             cut = mask[..., top:top + height, left:left + width] if mask.shape[-2:] == image.shape[1:3] else mask
             latent["noise_mask"] = cut.reshape(-1, 1, *cut.shape[-2:])
         return latent
+
+    @torch.no_grad()
+    def see(self, clip_vision: ClipVision, image: Tensor, *, crop: bool = False) -> Tensor:
+        """One picture at a time: memory stays that of one."""
+        vision = clip_vision.vision
+        check_pictures(image, vision.spec.image_size, crop)
+        weights = next(vision.parameters())
+        states = []
+        for item in image.split(1):
+            self.check_interrupt()
+            pixels = to_pixels(item.to(weights.device).float(), vision.spec, crop)
+            states.append(vision(pixels.to(weights.dtype)).float().cpu())
+        seen = torch.cat(states)
+        if not torch.isfinite(seen).all():
+            raise NotFinite(f"{clip_vision.path.name} gave NaN or infinity for this picture. Check the file, or use "
+                            "--dtype fp32")
+        return seen
+
+    @torch.no_grad()
+    def style_tokens(self, style_model: StyleModel, states: Tensor) -> Tensor:
+        weights = next(style_model.redux.parameters())
+        tokens: Tensor = style_model.redux(states.to(weights.device, weights.dtype)).float().cpu()
+        if not torch.isfinite(tokens).all():
+            raise NotFinite(f"{style_model.path.name} gave NaN or infinity. Check the file, or use --dtype fp32")
+        return tokens
 
     def save_images(self, images: Tensor, prefix: str, metadata: Metadata | None = None, *,
                     temporary: bool = False) -> list[dict[str, str]]:

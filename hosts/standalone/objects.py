@@ -1,4 +1,5 @@
-"""What flows between nodes in the standalone host under the names MODEL, CLIP, VAE, GUIDER and NOISE.
+"""What flows between nodes in the standalone host under the names MODEL, CLIP, VAE, CLIP_VISION, STYLE_MODEL,
+GUIDER and NOISE.
 
 Frozen: a node that changes one makes another (`dataclasses.replace`), so results that are cached stay true.
 CONDITIONING, LATENT, IMAGE, MASK and SIGMAS are ComfyUI's plain data; SAMPLER is a name of the engine's SOLVERS.
@@ -16,6 +17,7 @@ from torch import Tensor
 from ...engine.errors import BadInput
 from ...engine.models.autoencoder import Autoencoder
 from ...engine.models.flux import Flux
+from ...engine.models.vision import Redux, SiglipVision
 from ...engine.sampling import FlowTable, image_seq_len, ksampler_sigmas, make_noise
 from ...engine.specs import FLUX_AE
 from ...engine.text import TextEncoders
@@ -44,6 +46,29 @@ class Vae:
     """VAE: the autoencoder."""
 
     autoencoder: Autoencoder
+    path: Path
+
+
+@dataclass(frozen=True)
+class ClipVision:
+    """CLIP_VISION: the vision encoder."""
+
+    vision: SiglipVision
+    path: Path
+
+
+@dataclass(frozen=True)
+class ClipVisionOutput:
+    """CLIP_VISION_OUTPUT: what the encoder saw, fp32 on the CPU."""
+
+    last_hidden_state: Tensor       # (B, L, width)
+
+
+@dataclass(frozen=True)
+class StyleModel:
+    """STYLE_MODEL: the Redux projector."""
+
+    redux: Redux
     path: Path
 
 

@@ -112,7 +112,7 @@ def _ordered(prompt: Prompt, outputs: list[str]) -> list[str]:
             elif not done[parent]:
                 path = [id_ for id_, _ in stack]
                 ring = path[path.index(parent):]
-                told = shown(" → ".join([*reversed(ring), ring[-1]]))
+                told = shown(" \u2192 ".join([*reversed(ring), ring[-1]]))
                 raise BadWorkflow(f"the links form a cycle: {told}", node=parent)
     return order
 

@@ -7,6 +7,7 @@ host's dependencies nor its start-up are needed.
 """
 
 import ast
+import importlib.machinery
 import importlib.util
 import math
 import sys
@@ -32,12 +33,25 @@ def load(name: str, path: Path) -> types.ModuleType:
     return module
 
 
+class Part(importlib.machinery.SourceFileLoader):
+    """Runs only some functions (and classes) of a file; without a cache, which the whole file would be read from."""
+
+    def __init__(self, path: Path, names: set[str]) -> None:
+        super().__init__(path.stem, str(path))
+        self.names = names
+
+    def get_code(self, fullname: str) -> types.CodeType:
+        tree = ast.parse(Path(self.path).read_text(encoding="utf-8"))
+        tree.body = [node for node in tree.body if getattr(node, "name", None) in self.names]
+        return compile(tree, self.path, "exec")
+
+
 def functions(path: Path, names: set[str], scope: dict) -> dict:
     """Only these functions (and classes) of a file, run in `scope`."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    tree.body = [node for node in tree.body if getattr(node, "name", None) in names]
-    exec(compile(tree, str(path), "exec"), scope)
-    return scope
+    module = types.ModuleType(path.stem)
+    vars(module).update(scope)
+    Part(path, names).exec_module(module)
+    return vars(module)
 
 
 def field(x, sigma, **extra):
@@ -66,7 +80,9 @@ def main(root: Path, out: Path) -> None:
     for package in ("comfy", "comfy.ldm", "comfy.ldm.modules", "comfy.ldm.modules.diffusionmodules", "kd"):
         empty(package, __path__=[])
     empty("comfy.ldm.modules.diffusionmodules.util", make_beta_schedule=None)
-    empty("comfy.model_patcher")
+    for module in ("model_patcher", "memory_management"):
+        empty(f"comfy.{module}")
+    empty("comfy.utils", model_trange=lambda *steps, **_: range(*steps))  # newer versions' progress bar
     empty("torchsde")
     sampling = load("comfy.model_sampling", comfy / "model_sampling.py")
     sys.modules["comfy"].model_sampling = sampling
@@ -113,6 +129,7 @@ def solvers(kd, uni_pc) -> dict:
     torch.manual_seed(0)
     x = torch.randn(2, 4, 6, 5)
     model = sys.modules["comfy.model_sampling"].ModelSamplingFlux()
+    field.inner_model = Bag(model_patcher=Bag(get_model_object=lambda name: model))  # newer versions ask for it
     found = {"x": x}
     for steps in (1, 2, 3, 4, 8, 20):
         sigmas = torch.cat([model.sigma(torch.linspace(1, 1 / steps, steps)), torch.zeros(1)])

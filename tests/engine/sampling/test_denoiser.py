@@ -150,8 +150,7 @@ def test_several_prompts_are_averaged_by_strength(flux, make_prompt):
     torch.testing.assert_close(both, (3 * a + b) / 4)
 
 
-@pytest.mark.parametrize("key", ["control", "area", "mask", "reference_latents", "attention_mask", "gligen", "hooks",
-                                 "something_new"])
+@pytest.mark.parametrize("key", ["control", "area", "mask", "reference_latents", "gligen", "hooks", "something_new"])
 def test_entries_not_acted_on_are_named(flux, make_prompt, key):
     with pytest.raises(BadInput, match=f"negative conditioning carries '{key}'"):
         Denoiser(flux, make_prompt(1), make_prompt(1, **{key: object()}), cfg=2.0)

@@ -53,6 +53,10 @@ CORE = {
     "SetLatentNoiseMask": "*samples *mask -> LATENT",
     "LatentUpscale": "*samples upscale_method width height crop -> LATENT",
     "LatentUpscaleBy": "*samples upscale_method scale_by -> LATENT",
+    "CLIPVisionLoader": "clip_name -> CLIP_VISION",
+    "CLIPVisionEncode": "*clip_vision *image crop -> CLIP_VISION_OUTPUT",
+    "StyleModelLoader": "style_model_name -> STYLE_MODEL",
+    "StyleModelApply": "*conditioning *style_model *clip_vision_output strength strength_type -> CONDITIONING",
     "PrimitiveString": "value -> STRING", "PrimitiveStringMultiline": "value -> STRING", "PrimitiveInt": "value -> INT",
     "PrimitiveFloat": "value -> FLOAT", "PrimitiveBoolean": "value -> BOOLEAN",
 }

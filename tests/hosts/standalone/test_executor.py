@@ -180,7 +180,7 @@ def test_no_output_node_and_cycles():
     with pytest.raises(BadWorkflow, match="no output node"):
         Executor(NODES).run(prompt(n1=("Number", {"value": 1})))
     work = prompt(n1=("Add", {"a": ["2", 0]}), n2=("Add", {"a": ["1", 0]}), n9=("Show", {"value": ["1", 0]}))
-    with pytest.raises(BadWorkflow, match=r"cycle: (2 → 1 → 2|1 → 2 → 1)"):
+    with pytest.raises(BadWorkflow, match=r"cycle: (2 \u2192 1 \u2192 2|1 \u2192 2 \u2192 1)"):
         Executor(NODES).run(work)
 
 

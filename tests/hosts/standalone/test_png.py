@@ -26,7 +26,7 @@ from PIL.PngImagePlugin import PngInfo
 
 GREY = torch.full((1, 8, 8, 3), 0.5)
 META = {"prompt": {"1": {"class_type": "Größe", "inputs": {"x": [1, None]}}},
-        "workflow": {"nodes": [], "☃": "\U0001f600"}}
+        "workflow": {"nodes": [], "\u2603": "\U0001f600"}}
 
 
 def files(folder: Path) -> list[str]:
@@ -163,12 +163,12 @@ def test_all_kinds_of_text_chunks_as_pillow_writes_them(tmp_path):
     info = PngInfo()
     info.add_text("prompt", "plain é")
     info.add_text("packed", "z" * 1000, zip=True)
-    info.add_itxt("workflow", '{"☃": 1}', zip=True)
-    info.add_itxt("other", "☃", "en", "translated")
+    info.add_itxt("workflow", '{"\u2603": 1}', zip=True)
+    info.add_itxt("other", "\u2603", "en", "translated")
     Image.new("L", (1, 1)).save(tmp_path / "a.png", pnginfo=info)
     keys = ("prompt", "packed", "workflow", "other", "absent")
     assert read_text(tmp_path / "a.png", keys) == {
-        "prompt": "plain é", "packed": "z" * 1000, "workflow": '{"☃": 1}', "other": "☃"}
+        "prompt": "plain é", "packed": "z" * 1000, "workflow": '{"\u2603": 1}', "other": "\u2603"}
 
 
 @pytest.mark.parametrize(("data", "said"), [
