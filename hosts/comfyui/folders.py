@@ -59,6 +59,12 @@ def all_files(kind: str) -> list[str]:
     return sorted(name.replace("\\", "/") for name in folder_paths.get_filename_list(key_of(kind)))
 
 
+def inversions() -> set[str]:
+    """Names by which prompts ask for the host's textual inversions: with and without ending, slashes forward."""
+    files = [name.replace("\\", "/") for name in folder_paths.get_filename_list("embeddings")]
+    return {*files, *(os.path.splitext(name)[0] for name in files)}
+
+
 def resolve_file(kind: str, name: str) -> Path:
     """The file a workflow means: exact, else the only one of that base name. MissingFile names near matches."""
     if kind == "input" and isinstance(name, str):

@@ -22,11 +22,20 @@ from torch import Tensor
 from ...engine.errors import BadInput, NotFinite
 from ...engine.models.autoencoder import Autoencoder
 from ...engine.models.flux import Flux
+from ...engine.models.vision import Redux, SiglipVision
 from ...engine.specs import FLUX_AE
 from ...engine.text import TextEncoders
 from .. import Conditioning, Latent, Metadata, Progress
 from ..names import check_prefix
 from . import folders, objects, sampling, text
+from .vision import (
+    load_clip_vision,
+    load_style_model,
+    make_clip_vision,
+    make_style_model,
+    states_of,
+    tokens_of,
+)
 
 SUPPORTED = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -41,7 +50,8 @@ def extension(nodes: Sequence[type[Any]]) -> Any:
 
 
 class ComfyHost:
-    """MODEL, CLIP and VAE are the host's own classes, and any that hold FLUX.1 are taken, whoever loaded them.
+    """MODEL, CLIP, VAE, CLIP_VISION and STYLE_MODEL are the host's own classes, and any that hold FLUX.1 are taken,
+    whoever loaded them.
 
     Where the port says Interrupted, the host's own exception is raised, which is how its server knows.
     """
@@ -70,6 +80,12 @@ class ComfyHost:
     def load_vae(self, path: Path) -> Any:
         return objects.load_vae(str(path))
 
+    def load_clip_vision(self, path: Path) -> Any:
+        return load_clip_vision(str(path))
+
+    def load_style_model(self, path: Path) -> Any:
+        return load_style_model(str(path))
+
     def wrap_model(self, flux: Flux, path: str | Path) -> Any:
         return objects.model_patcher(flux, path)
 
@@ -78,6 +94,12 @@ class ComfyHost:
 
     def wrap_vae(self, autoencoder: Autoencoder, path: str | Path) -> Any:
         return objects.make_vae(autoencoder, path)
+
+    def wrap_clip_vision(self, vision: SiglipVision, path: str | Path) -> Any:
+        return make_clip_vision(vision, path)
+
+    def wrap_style_model(self, redux: Redux, path: str | Path) -> Any:
+        return make_style_model(redux, path)
 
     # -- work
     def encode_prompt(self, clip: Any, clip_text: str, t5_text: str | None = None, guidance: float | None = None,
@@ -122,6 +144,12 @@ class ComfyHost:
             cut = mask[..., top:top + height, left:left + width] if mask.shape[-2:] == image.shape[1:3] else mask
             latent["noise_mask"] = cut.reshape(-1, 1, *cut.shape[-2:])
         return latent
+
+    def see(self, clip_vision: Any, image: Tensor, *, crop: bool = False) -> Tensor:
+        return states_of(clip_vision, image, crop)
+
+    def style_tokens(self, style_model: Any, states: Tensor) -> Tensor:
+        return tokens_of(style_model, states)
 
     def save_images(self, images: Tensor, prefix: str, metadata: Metadata | None = None) -> list[dict[str, str]]:
         if not bool(torch.isfinite(images).all()):

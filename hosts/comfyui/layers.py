@@ -6,6 +6,7 @@ are found by its memory management: all of that goes by attributes of `comfy.ops
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,8 +21,13 @@ from torch import Tensor, nn
 
 from ...engine.models.attention import attention as plain_attention
 from ...engine.models.ops import Ops
+from ...engine.quant import Embedding as EnginePackedEmbedding
+from ...engine.quant import Linear as EnginePackedLinear
+from ...engine.quant.ops import SCALE
+from .packed import packed_layers
 
 NORM_EPS = 1e-6  # of hosts whose own norm for q and k does not tell; BFL's
+UNPACKED = ("img_in",)  # its width tells the host and control LoRAs how many channels go in
 COMPUTE_TEXT_IN = torch.float32  # as newer hosts do; the weights stay as they are stored
 
 
@@ -120,17 +126,34 @@ def adopt(source: nn.Module, target: nn.Module, dtype: torch.dtype | None = None
     """Moves the weights of an engine model into the same model built of the host's layers, on the meta device so far.
 
     Names may differ where the host calls a parameter otherwise; order and shapes may not. `dtype` None keeps each.
+    Layers of packed weights that are the host's take the place of plain ones as they are; others are unpacked.
     Tensors that are views of a mapped file are copied: the host moves weights about and writes to them, which faults
     on mapped memory on some systems.
     """
-    weights, names = source.state_dict(), list(target.state_dict())
+    kept = {name: layer for name, layer in packed_layers(source).items() if name not in UNPACKED}
+    for name, layer in kept.items():
+        layer.name = name
+        parent, _, leaf = name.rpartition(".")
+        setattr(target.get_submodule(parent), leaf, layer)
+    weights, names = with_numbers(source, kept), list(target.state_dict())
     shapes = [tensor.shape for tensor in target.state_dict().values()]
     if [tensor.shape for tensor in weights.values()] != shapes:
         raise ValueError(f"{type(source).__name__} and {type(target).__name__} do not hold the same weights")
+    exact = {f"{name}.{kind}" for name in kept for kind in ("weight", SCALE)}
     ready = {}
-    for name, tensor in zip(names, weights.values(), strict=True):
-        value = tensor if dtype is None else tensor.to(dtype)
+    for name, (ours, tensor) in zip(names, weights.items(), strict=True):
+        value = tensor if dtype is None or ours in exact else tensor.to(dtype)
         ready[name] = value if value.untyped_storage().resizable() else value.clone()
     target.load_state_dict(ready, strict=True, assign=True)
     target.requires_grad_(False)
     target.eval()
+
+
+def with_numbers(source: nn.Module, kept: Container[str]) -> dict[str, Tensor]:
+    """The state dict with packed layers unpacked, to fp32, but for those kept."""
+    weights = dict(source.state_dict())
+    for name, layer in source.named_modules():
+        if isinstance(layer, EnginePackedLinear | EnginePackedEmbedding) and name not in kept:
+            weights[f"{name}.weight"] = layer.unpacked(slice(None), torch.float32)
+            weights.pop(f"{name}.{SCALE}", None)
+    return weights

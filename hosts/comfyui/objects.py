@@ -1,13 +1,15 @@
 """Genuine MODEL and VAE objects of ComfyUI round engine models, which core's nodes and other packs take as their own.
 
-Both are driven by the host's static patcher, which every version has. Where a MODEL can be moved between kinds of
-patchers or to another device, the host loads it anew by the factory kept in `cached_patcher_init`.
+Both are driven by the host's static patcher, which every version has; `wants_dynamic` tells the exception. Where a
+MODEL can be moved between kinds of patchers or to another device, the host loads it anew by the factory kept in
+`cached_patcher_init`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,13 +28,31 @@ from ...engine.models.autoencoder import Autoencoder
 from ...engine.models.flux import Flux as EngineFlux
 from ...engine.specs import FLUX_AE, FluxSpec
 from ...engine.weights import load
-from .layers import adopt, plain_layers
+from .layers import UNPACKED, adopt, plain_layers
+from .packed import Flux as PackedFlux
+from .packed import HostPacked, PackedPatcher, packed_layers, weight_count
 from .transformer import Flux, params_of
 
 log = logging.getLogger(__name__)
 
 FAMILIES = {"dev": "Flux", "schnell": "FluxSchnell", "fill": "FluxInpaint", "control": "Flux"}
 """Variant -> the host's class of configuration, which knows the sampling settings."""
+
+
+DYNAMIC_SETTING = "FLUX_KIT_DYNAMIC_VRAM"
+
+
+def wants_dynamic(device: torch.device) -> bool:
+    """Whether packed transformers are to be streamed by the dynamic VRAM of newer hosts: only if the environment says
+    FLUX_KIT_DYNAMIC_VRAM=1 and the host has it switched on. It has never run on hardware, so nobody gets it unasked."""
+    if os.environ.get(DYNAMIC_SETTING) != "1":
+        return False
+    memory = getattr(comfy, "memory_management", None)
+    able = (hasattr(comfy.model_patcher, "ModelPatcherDynamic") and getattr(memory, "aimdo_enabled", False)
+            and not comfy.model_management.is_device_cpu(device))
+    if not able:
+        log.warning("%s=1 has no effect: this ComfyUI has no dynamic VRAM on %s", DYNAMIC_SETTING, device)
+    return able
 
 
 def stored_dtype(module: nn.Module) -> torch.dtype:
@@ -44,28 +64,37 @@ def stored_dtype(module: nn.Module) -> torch.dtype:
 
 
 def load_patcher(path: str, disable_dynamic: bool = False) -> Any:
-    """The MODEL of a transformer file; `disable_dynamic` is the host's wish, which the static patcher always meets."""
-    flux = load(path, "transformer", dtype=None)
+    """The MODEL of a transformer file; `disable_dynamic` is the host's wish for its static patcher."""
+    flux = load(path, "transformer", dtype=None, packed=HostPacked)
     assert isinstance(flux, EngineFlux)
-    return model_patcher(flux, path)
+    return model_patcher(flux, path, disable_dynamic)
 
 
-def model_patcher(flux: EngineFlux, path: str | Path) -> Any:
-    """MODEL of an engine transformer, in the dtypes that the host (and its command line) chooses for such weights."""
+def model_patcher(flux: EngineFlux, path: str | Path, disable_dynamic: bool = False) -> Any:
+    """MODEL of an engine transformer, in the dtypes that the host (and its command line) chooses for such weights.
+
+    Packed weights stay so, in layers of the host; what they are unpacked to is what it computes in where it may choose.
+    """
     config = model_config(flux.spec)
     device = comfy.model_management.get_torch_device()
-    count = sum(parameter.numel() for parameter in flux.parameters())
     supported = list(config.supported_inference_dtypes)
-    stored = stored_dtype(flux)
-    dtype = comfy.model_management.unet_dtype(device=device, model_params=count, weight_dtype=stored,
-                                              supported_dtypes=[*supported, *({stored} - set(supported))])
+    packed = bool(packed_layers(flux).keys() - set(UNPACKED))
+    stored = None if packed else stored_dtype(flux)
+    dtype = comfy.model_management.unet_dtype(device=device, model_params=weight_count(flux), weight_dtype=stored,
+                                              supported_dtypes=[*supported, *({stored} - {None, *supported})])
     config.set_inference_dtype(dtype, comfy.model_management.unet_manual_cast(dtype, device, supported))
     with torch.device("meta"):
         ours = Flux(flux.spec, dtype)
     adopt(flux, ours, dtype)
     kind = comfy.model_base.ModelType.FLUX if flux.spec.guidance_embed else comfy.model_base.ModelType.FLOW
-    model = comfy.model_base.Flux(config, model_type=kind, unet_model=lambda **_: ours)
-    patcher = comfy.model_patcher.ModelPatcher(
+    classes = (PackedFlux, PackedPatcher) if packed else (comfy.model_base.Flux, comfy.model_patcher.ModelPatcher)
+    if packed and not disable_dynamic and wants_dynamic(device):
+        from . import dynamic  # of what older hosts do not have
+
+        dynamic.make_dynamic(ours, config.manual_cast_dtype or dtype)
+        classes = comfy.model_base.Flux, dynamic.DynamicPatcher
+    model = classes[0](config, model_type=kind, unet_model=lambda **_: ours)
+    patcher = classes[1](
         model, load_device=device, offload_device=comfy.model_management.unet_offload_device())
     patcher.cached_patcher_init = (load_patcher, (str(path),))
     return patcher

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,10 +25,15 @@ from ...engine.text import TextEncoders, Token, encoder_files, find_tokenizer
 from ...engine.text.tokenizer import T5_MIN_LENGTH
 from ...engine.weights import load
 from .. import Conditioning
-from .layers import adopt, plain_layers
+from ..names import shown
+from . import folders
+from .layers import COMPUTE_TEXT_IN, adopt, plain_layers
+from .packed import Clip as PackedClip
+from .packed import HostPacked, packed_layers, scratch, weight_count
 
 log = logging.getLogger(__name__)
 
+INVERSION = re.compile(r"(?:^|(?<=[\s(]))embedding:([^\s():]+)")
 Row = list[tuple[Any, ...]]  # (id, weight) or (id, weight, word)
 
 
@@ -38,7 +45,9 @@ class Tokenizer:
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, *,
                               tokenizer_options: dict[str, Any] | None = None, **kwargs: Any) -> dict[str, list[Row]]:
-        """{"l": rows of 77, "t5xxl": one row}. Options of the host: `t5xxl_min_length` and `t5xxl_min_padding`."""
+        """{"l": rows of 77, "t5xxl": one row}. Options of the host: `t5xxl_min_length` and `t5xxl_min_padding`.
+        BadInput for a textual inversion whose file the host has."""
+        refuse_inversions(text)
         tokens = self.encoders.tokenize(text)
         options = {} if tokenizer_options is None else tokenizer_options
         pad = Token(self.encoders.t5_tokenizer.pad)
@@ -55,6 +64,16 @@ class Tokenizer:
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}
+
+
+def refuse_inversions(text: str) -> None:
+    """BadInput for `embedding:name` where the host has that file, since its own encoders would put it in; a name of no
+    file is a word of the prompt, and is warned of as such."""
+    asked = {name.rstrip(",").replace("\\", "/") for name in INVERSION.findall(text)} if isinstance(text, str) else ()
+    found = sorted(asked & folders.inversions()) if asked else []
+    if found:
+        raise BadInput(f"the prompt asks for the textual inversion '{shown(found[0])}', which these text encoders "
+                       "cannot read. Take 'embedding:...' out of the prompt, or load them with DualCLIPLoader")
 
 
 def as_row(tokens: Sequence[Token], words: bool) -> Row:
@@ -74,31 +93,56 @@ class EncoderPair(nn.Module):
         adopt(encoders.t5, t5)
         self.clip_l = nn.ModuleDict({"transformer": clip})
         self.t5xxl = nn.ModuleDict({"transformer": t5})
-        self.dtypes = {parameter.dtype for parameter in self.parameters()}
+        self.dtypes = {parameter.dtype for parameter in self.parameters() if parameter.is_floating_point()}
         self.encoders = replace(encoders, clip=clip, t5=t5)
         self.load_device: torch.device | None = None
+        self.layer: int | None = None
 
     def set_clip_options(self, options: dict[str, Any]) -> None:
-        """The host's options; of these FLUX.1 has only the device to run on, where the host tells it."""
-        if options.get("layer") is not None:
-            log.warning("Set CLIP Last Layer was used: FLUX.1 knows no layers to stop at, and it is left out")
+        """The host's options: the device to run on, where the host tells it, and the layer to stop at."""
+        self.layer = options.get("layer", self.layer)
         self.load_device = options.get("execution_device", self.load_device)
 
     def reset_clip_options(self) -> None:
-        """Nothing is kept from one prompt to the next."""
+        self.layer = None
 
     def encode_token_weights(self, tokens: dict[str, list[Row]]) -> tuple[Tensor, Tensor]:
         """cond `(1, L, d_model)` and pooled `(1, hidden)`, fp32, where the host keeps such results."""
         encoders = replace(self.encoders, device=self.load_device)
-        cond = encoders.encode_t5(as_tokens(tokens["t5xxl"][0]))
+        with stopped_at(self.layer, encoders.t5):
+            cond = encoders.encode_t5(as_tokens(tokens["t5xxl"][0]))
         _, pooled = encoders.encode_clip([as_tokens(tokens["l"][0])])
         home = comfy.model_management.intermediate_device()
         return cond.to(home), pooled.to(home)
+
+    def memory_estimation_function(self, tokens: Any, device: torch.device | None = None) -> int:
+        """Bytes that newer hosts keep free for a run; activations of 512 tokens are small beside them."""
+        return scratch(self, COMPUTE_TEXT_IN)
 
     def load_sd(self, sd: dict[str, Tensor]) -> tuple[list[str], list[str]]:
         """Weights are there from the start; what the host hands over later is loaded by its full names."""
         missing, unexpected = self.load_state_dict(sd, strict=False)
         return list(missing), list(unexpected)
+
+
+@contextlib.contextmanager
+def stopped_at(layer: int | None, t5: T5Encoder) -> Iterator[None]:
+    """T5 without the blocks behind `layer`, counted as Set CLIP Last Layer does: -1 is the last one.
+
+    As in the host's own encoders the pooled vector of CLIP-L stays, and a layer that is not there means the last.
+    """
+    blocks = t5.encoder.block
+    count = len(blocks) if layer is None or abs(layer) > len(blocks) else layer % len(blocks) + 1
+    if count == len(blocks):
+        yield
+        return
+    log.warning("Set CLIP Last Layer: T5 stops after %d of its %d layers; FLUX.1 was trained on all of them", count,
+                len(blocks))
+    t5.encoder.block = blocks[:count]
+    try:
+        yield
+    finally:
+        t5.encoder.block = blocks
 
 
 def as_tokens(row: Row) -> list[Token]:
@@ -111,7 +155,8 @@ def make_clip(encoders: TextEncoders, paths: Sequence[str]) -> Any:
     target = SimpleNamespace(params={}, clip=lambda **_: pair, tokenizer=lambda **_: Tokenizer(pair.encoders))
     # The dynamic patcher of newer hosts is not for models of ours; older ones have the static one only.
     static = {"disable_dynamic": True} if "disable_dynamic" in inspect.signature(comfy.sd.CLIP).parameters else {}
-    clip = comfy.sd.CLIP(target, parameters=sum(p.numel() for p in pair.parameters()), **static)
+    kind = PackedClip if packed_layers(pair) else comfy.sd.CLIP
+    clip = kind(target, parameters=weight_count(pair), **static)
     pair.load_device = clip.patcher.load_device
     clip.patcher.cached_patcher_init = (load_clip_patcher, (list(paths),))
     return clip
@@ -124,8 +169,8 @@ def load_clip_patcher(paths: Sequence[str], disable_dynamic: bool = False) -> An
 def load_clip(paths: Sequence[Path], beside: Sequence[Path]) -> Any:
     """CLIP from files that together hold CLIP-L and T5; `beside`: more folders to look for tokenizers in."""
     found = encoder_files(paths)
-    clip = load(found["clip_l"], "clip_l", dtype=None)
-    t5 = load(found["t5"], "t5", dtype=None)
+    clip = load(found["clip_l"], "clip_l", dtype=None, packed=HostPacked)
+    t5 = load(found["t5"], "t5", dtype=None, packed=HostPacked)
     assert isinstance(clip, ClipText) and isinstance(t5, T5Encoder)
     encoders = TextEncoders(clip, find_tokenizer("clip_l", found["clip_l"], beside),
                             t5, find_tokenizer("t5", found["t5"], beside))

@@ -33,6 +33,10 @@ class Failed(Exception):
         self.node, self.kind = node, kind
 
 
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
 def environment() -> dict[str, str]:
     """Few threads; and no path of this test run, where `flux_kit` would be found under its own name."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
@@ -40,13 +44,14 @@ def environment() -> dict[str, str]:
 
 
 class Server:
-    def __init__(self, host: Host, base: Path) -> None:
-        self.base, self.log = base, base / "server.log"
+    def __init__(self, host: Host, base: Path, *arguments: str) -> None:
+        self.base, self.log, self.said_at_start = base, base / "server.log", ""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         command = [host.python, str(host.path / "main.py"), "--cpu", "--listen", "127.0.0.1", "--port", str(self.port),
-                   "--base-directory", str(base), "--disable-auto-launch", "--database-url", "sqlite:///:memory:"]
+                   "--base-directory", str(base), "--disable-auto-launch", "--database-url", "sqlite:///:memory:",
+                   *arguments]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, cwd=host.path, env=environment(), stdout=log, stderr=log)
 
@@ -56,6 +61,7 @@ class Server:
             assert self.process.poll() is None, self.log.read_text()[-4000:]
             try:
                 self.call("/system_stats")
+                self.said_at_start = self.log.read_text()
                 return
             except (urllib.error.URLError, ConnectionError):
                 time.sleep(0.3)

@@ -1,0 +1,278 @@
+"""Packed files (GGUF, scaled fp8) inside ComfyUI: written here, opened by our loaders in a process of the host."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comfy_server import Host, Server, environment, relative
+from flux_kit.cli import session
+from flux_kit.engine.quant import FORMATS
+from flux_kit.hosts.standalone.folders import Folders
+from flux_kit.hosts.standalone.host import StandaloneHost
+from gguf_files import quantise, unpack, write_gguf
+from prompts import Prompt, core, node
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+SAME = 1e-5
+ROOT = Path(__file__).parents[3]
+INSIDE, INSIDE_TIMEOUT = Path(__file__).parent / "inside.py", 900
+TINY = ROOT / "tiny_flux" / "models"
+State = dict[str, Tensor]
+CHECKS = ("packed_models", "packed_loras", "packed_partial_load", "packed_wrappers_and_hooks", "packed_merge_and_save",
+          "packed_text", "packed_lifetime", "packed_dynamic")
+
+
+def fitting(*names: str) -> Callable[[Tensor], str | None]:
+    """The first of these types whose blocks divide the rows of a matrix; K types have blocks of 256."""
+    return lambda tensor: next((name for name in names if tensor.shape[1] % FORMATS[name].block == 0), None)
+
+
+def as_gguf(state: State, path: Path, kind: Callable[[Tensor], str | None], arch: str = "flux") -> None:
+    """The file, and under `dense/` what gguf-py reads from it."""
+    stored: dict[str, Any] = {}
+    numbers = {}
+    for name, tensor in state.items():
+        chosen = kind(tensor) if tensor.ndim == 2 else None
+        stored[name], numbers[name] = tensor.float(), tensor.float()
+        if chosen is not None:
+            packed = quantise(tensor, chosen)
+            stored[name], numbers[name] = (packed, chosen), unpack(packed, chosen)
+    write_gguf(path, stored, arch)
+    save_file(numbers, path.parent / "dense" / f"{path.stem}.safetensors")
+
+
+def as_scaled_fp8(state: State, path: Path) -> None:
+    stored: State = {"scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}
+    numbers = {}
+    for name, tensor in state.items():
+        stored[name] = numbers[name] = tensor.float()
+        if tensor.ndim == 2:
+            scale = tensor.float().abs().max() / 448
+            stored[name] = (tensor.float() / scale).to(torch.float8_e4m3fn)
+            stored[name.replace(".weight", ".scale_weight")] = scale
+            numbers[name] = stored[name].float() * scale
+    save_file(stored, path)
+    save_file(numbers, path.parent / "dense" / f"{path.stem}.safetensors")
+
+
+def checkouts() -> list[Path]:
+    return [Path(path) for path in os.environ.get("COMFYUI_PATH", "").split(os.pathsep) if path]
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packed")
+    (folder / "dense").mkdir()
+    state = load_file(TINY / "diffusion_models" / "tiny-flux-dev.safetensors")
+    as_gguf(state, folder / "flux-k.gguf", fitting("Q4_K", "Q5_1", "Q4_0"))
+    as_gguf(state, folder / "flux-q8.gguf", fitting("Q8_0"))
+    as_scaled_fp8(state, folder / "flux-scaled.safetensors")
+    text = TINY / "text_encoders"
+    as_gguf(load_file(text / "tiny-t5.safetensors"), folder / "t5.gguf", fitting("Q8_0"), "t5encoder")
+    as_gguf(load_file(text / "tiny-clip_l.safetensors"), folder / "clip_l.gguf", fitting("Q8_0"), "clip")
+    for role in ("t5", "clip_l"):
+        with safe_open(text / f"tiny-{role}.safetensors", "pt") as file:
+            for place in (folder, folder / "dense", *(folder / path.name for path in checkouts())):
+                place.mkdir(exist_ok=True)
+                (place / f"{role}.tokenizer.json").write_text(file.metadata()["tokenizer.json"], encoding="utf-8")
+    return folder
+
+
+@cache
+def findings(host: Host, folder: Path) -> dict[str, Any]:
+    done = subprocess.run([host.python, str(INSIDE), str(host.path), str(ROOT), *CHECKS], text=True,
+                          env={**environment(), "FLUX_KIT_PACKED": str(folder)}, capture_output=True,
+                          timeout=INSIDE_TIMEOUT, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert done.returncode == 0 and lines, done.stderr[-4000:]
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
+
+
+@pytest.fixture
+def of(comfy: Host, files: Path) -> Callable[[str], dict[str, Any]]:
+    def get(name: str) -> dict[str, Any]:
+        found: dict[str, Any] = findings(comfy, files)[name]
+        assert "error" not in found, found["error"]
+        return found
+
+    return get
+
+
+Of = Callable[[str], dict[str, Any]]
+KINDS = {"flux-k.gguf": (["Q4_K", "Q5_1"], 0.5, 0.8), "flux-q8.gguf": (["Q8_0"], 1.06, 1.07),
+         "flux-scaled.safetensors": (["F8_E4M3"], 1.0, 1.0)}
+
+
+@pytest.mark.parametrize("file", KINDS)
+def test_a_packed_model_equals_its_plain_weights(of: Of, file: str) -> None:
+    case = of("packed_models")[file]
+    kinds, low, high = KINDS[file]
+    assert case["kinds"] == kinds and case["layers"] > 40 and case["uint8"] and case["cast"]
+    assert low <= case["bytes per weight"] <= high
+    assert case["off"] <= SAME and case["ksampler"] <= SAME
+    assert case["dtype"] == ["torch.float32", "None"] and case["mapped"] == 0
+    assert case["half dtype"] == "torch.bfloat16"
+    assert 0 < case["half"] <= 0.02 and 0 < case["half with lora"] <= 0.02  # bf16 has 8 bits
+    assert 0 <= case["told"] <= 65536  # the table of sigmas is counted in
+    assert case["scratch"] >= case["largest"]
+
+
+@pytest.mark.parametrize("file", KINDS)
+def test_the_standalone_host_gives_the_same(of: Of, comfy: Host, files: Path, file: str) -> None:
+    of("packed_models")
+    left = files / comfy.path.name
+    prompt = load_file(left / "prompt.safetensors")
+    host = StandaloneHost(Folders(models=[session.TINY_MODELS], output=files), device="cpu", dtype="fp32")
+    conditioning = [[prompt["cond"], {"pooled_output": prompt["pooled"], "guidance": 3.5}]]
+    mine = host.sample(host.load_model(files / file), conditioning, None, {"samples": torch.zeros(1, 16, 12, 16)},
+                       seed=3, steps=3, solver="euler", schedule="simple")["samples"]
+    assert relative(mine, load_file(left / f"{file}.latents")["samples"]) <= SAME
+
+
+def test_loras_on_packed_weights(of: Of) -> None:
+    found = of("packed_loras")
+    assert len(found) == 3 * 8
+    for name, case in found.items():
+        if name.endswith("bytes"):
+            assert case["same"] and case["count"] > 40, name
+            continue
+        assert case["off"] <= SAME and case["changed"] > 1e-4, name
+        assert case["base"] == 0 and case["again"] == 0, name
+        assert case["said"] == [], name
+
+
+def test_partly_loaded_is_the_same_bit_for_bit(of: Of) -> None:
+    found = of("packed_partial_load")
+    assert len(found) == 3 * 6
+    for name, case in found.items():
+        assert case["streamed"] and case["taken back"], name
+        assert case["share"] < 0.5 and case["freed"] > 0.3, "nothing was tested"
+        assert case["after"] == 0 and case["left"] == 0, name
+
+
+def test_wrappers_and_hooks(of: Of) -> None:
+    found = of("packed_wrappers_and_hooks")
+    assert found.pop("bytes")["same"] and len(found) == 8
+    for name, case in found.items():
+        assert case["off"] <= SAME and case["changed"] > 1e-4 and case["base"] == 0, name
+
+
+def test_merging_and_saving(of: Of) -> None:
+    found = of("packed_merge_and_save")
+    assert found.pop("asked for one")["off"] == 0
+    assert found.pop("after refusals")["off"] == 0
+    for name, told in {"foreign patcher": "'single_blocks.0.linear1'.*bf16 or fp16", "another size":
+                       "'double_blocks.0.img_attn.proj' from .128, 128. to .256, 128.",
+                       "packed as a lora": "packed weights of another model.*bf16 or fp16"}.items():
+        assert re.match(f"BadInput: .*{told}", found.pop(name)["refused"]), name
+    assert len(found) == 2
+    for name, case in found.items():
+        for what, off in case.items():
+            assert off <= SAME, (name, what)
+
+
+def test_packed_text_encoders(of: Of) -> None:
+    found = of("packed_text")
+    assert found["layers"] == {"clip_l": ["Q8_0"], "t5xxl": ["Q8_0"]} and found["embeddings"] >= 3
+    assert max(found["off"] + found["off with lora"] + found["mixed"]) <= SAME
+    assert min(found["changed"]) > 1e-4 and found["base"] == [0, 0] and all(found["streamed"])
+    assert found["kinds"] == ["PackedPatcher", "Clip", "PackedPatcher"]
+    assert max(found["saved"]) <= 0.02 and not any("int" in name for name in found["dtypes"])  # saved in bf16
+
+
+def test_a_packed_model_goes_and_comes_back(of: Of) -> None:
+    assert of("packed_lifetime") == {"again": [True, "PackedPatcher", "PackedPatcher"], "loaded": True, "freed": True}
+
+
+# -- the host's dynamic VRAM, with a stand-in for its allocator (inside_packed_dynamic.py)
+
+def test_dynamic_vram_is_only_taken_when_asked_for(of: Of) -> None:
+    found = of("packed_dynamic")
+    if not found:
+        pytest.skip("this ComfyUI has no dynamic VRAM")
+    assert found["unasked"] == {"kind": "PackedPatcher", "on a cpu": "PackedPatcher"}
+
+
+@pytest.mark.parametrize("file", KINDS)
+def test_packed_weights_under_dynamic_vram(of: Of, file: str) -> None:
+    found = of("packed_dynamic")
+    if not found:
+        pytest.skip("this ComfyUI has no dynamic VRAM")
+    case = found[file]
+    scaled = 41 if file == "flux-scaled.safetensors" else 0
+    assert case.pop("layout") == {"tensors": 41, "sizes": True, "same": True, "scaled": scaled}
+    assert case.pop("kind") == "DynamicPatcher" and case.pop("own") == 0 and case.pop("assigned")
+    assert 0 < case.pop("told") < 0.1, "beside the bytes there are only what is not packed and the sigmas"
+    places, used, given_back = case.pop("places")
+    assert places > 30 and used and given_back
+    assert case.pop("packed bytes kept") and case.pop("held bytes kept")
+    assert case.pop("packed anew").startswith("BadInput")
+    kind, apart, off = case.pop("static copy")
+    assert (kind, apart) == ("PackedPatcher", True) and off <= SAME
+    assert max(case.pop("saved")) <= SAME
+    moved = [case.pop(name) for name in list(case) if name.endswith("moved")]
+    assert len(moved) == 5 and all(moved)
+    assert len(case) == 5 + 4 * 5
+    for name, off in case.items():
+        assert off == 0 if "again" in name or "base" in name else off <= SAME, name
+
+
+# -- through the nodes
+
+@pytest.fixture(scope="module")
+def served(server: Server, files: Path) -> Server:
+    """The server with the files, packed and plain, and a LoRA in its folders."""
+    models = server.base / "models"
+    for kind, names in {"diffusion_models": ["flux-q8", "flux-k", "flux-scaled"], "text_encoders": ["t5", "clip_l"]
+                        }.items():
+        (models / kind).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            packed = next(path for path in files.glob(f"{name}.*") if path.suffix != ".json")
+            for kept, source in ((f"packed-{packed.name}", packed),
+                                 (f"plain-{name}.safetensors", files / "dense" / f"{name}.safetensors")):
+                shutil.copy(source, models / kind / kept)
+                if kind == "text_encoders":
+                    shutil.copy(files / f"{name}.tokenizer.json",
+                                models / kind / f"{Path(kept).stem}.tokenizer.json")
+    (models / "loras").mkdir(exist_ok=True)
+    torch.manual_seed(1)
+    sizes = {"lora_unet_single_blocks_0_linear1": (896, 128), "lora_unet_double_blocks_0_img_attn_qkv": (384, 128)}
+    save_file({f"{name}.{part}.weight": torch.randn(*shape) * 0.05 for name, (rows, columns) in sizes.items()
+               for part, shape in {"lora_down": (4, columns), "lora_up": (rows, 4)}.items()},
+              models / "loras" / "small.safetensors")
+    return server
+
+
+def prompt_of(kind: str, model: str, encoders: str) -> Prompt:
+    ending = ".safetensors" if kind == "plain" else encoders
+    prompt = core(steps=3)
+    prompt["load"]["inputs"] |= {"model": f"{kind}-{model}", "t5": f"{kind}-t5{ending}",
+                                 "clip_l": f"{kind}-clip_l{ending}"}
+    prompt["lora"] = node("LoraLoader", model=["load", 0], clip=["load", 1], lora_name="small.safetensors",
+                          strength_model=1.0, strength_clip=1.0)
+    prompt["sampler"]["inputs"]["model"] = ["lora", 0]
+    prompt["text"]["inputs"]["clip"] = ["lora", 1]
+    return prompt
+
+
+@pytest.mark.parametrize("file", KINDS)
+def test_packed_files_through_the_nodes(served: Server, file: str) -> None:
+    packed = served.latents(prompt_of("packed", file, ".gguf"))["latent"]
+    plain = served.latents(prompt_of("plain", f"{Path(file).stem}.safetensors", ".safetensors"))["latent"]
+    assert relative(packed, plain) <= SAME
+    without = prompt_of("packed", file, ".gguf")
+    without["sampler"]["inputs"]["model"] = ["load", 0]
+    assert relative(served.latents(without)["latent"], packed) > 1e-4
