@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TYPED := flux_kit.engine flux_kit.hosts flux_kit.cli
 
-.PHONY: setup demo test lint types bench check
+.PHONY: setup demo test lint types bench looks thumbnails check
 
 setup: $(VENV)/.setup-test
 
@@ -36,6 +36,14 @@ types: $(VENV)/.setup-test
 
 bench: $(VENV)/.setup-test
 	$(BIN)/python -P benchmarks/blocks.py
+
+# What ComfyUI shows of the nodes: English texts and the tables of the help pages, from the schemas.
+looks: $(VENV)/.setup-test
+	$(BIN)/python -P docs/tools/node_docs.py
+
+# After a change of tiny-flux or of an example.
+thumbnails: $(VENV)/.setup-test
+	$(BIN)/python -P docs/tools/thumbnails.py
 
 check: lint types test
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+WEB_DIRECTORY = "./web"  # help pages of the nodes
+
 
 async def comfy_entrypoint() -> Any:
     """ComfyUI's extension with all nodes. The host is chosen first: node classes are built from its io."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,8 @@ else:
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 NOT_SOURCE = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "runs", "demo_output")
+SHOWN = ("tiny_flux/models", "example_workflows", "web", "locales")
+PACKAGE_BYTES = 25_000_000
 PROMPT = "a large red circle on the left on a blue background"
 
 
@@ -87,8 +90,8 @@ def test_wheel_holds_code_data_and_licence(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     folders = ("cli", "engine", "hosts", "nodes", "tiny_flux")
     code = {f"flux_kit/{p.relative_to(ROOT).as_posix()}" for folder in folders for p in (ROOT / folder).rglob("*.py")}
-    data = {f"flux_kit/{p.relative_to(ROOT).as_posix()}" for folder in ("tiny_flux/models", "example_workflows", "web")
-            for p in (ROOT / folder).rglob("*") if p.is_file()}
+    data = {f"flux_kit/{p.relative_to(ROOT).as_posix()}" for folder in SHOWN for p in (ROOT / folder).rglob("*")
+            if p.is_file()}
     assert {*code, *data} - names == set()
     assert any(name.endswith(".safetensors") for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
@@ -117,3 +120,67 @@ def test_installed_generates_and_runs_elsewhere(installed: Path, tmp_path: Path)
 
 def test_version_is_the_distribution_s() -> None:
     assert importlib.metadata.version("flux-kit") == PYPROJECT["project"]["version"]
+
+
+def sources() -> list[Path]:
+    """Every file of the checkout that is not made by tools."""
+    skipped = NOT_SOURCE(str(ROOT), [entry.name for entry in ROOT.iterdir()])
+    tops = [entry for entry in ROOT.iterdir() if entry.name not in skipped]
+    files = [path for top in tops for path in ([top] if top.is_file() else top.rglob("*")) if path.is_file()]
+    return [path for path in files if "__pycache__" not in path.parts]
+
+
+def test_what_the_registry_s_package_holds() -> None:
+    """.comfyignore has the syntax of .gitignore: without a leading slash a name means every folder of that name."""
+    pathspec = pytest.importorskip("pathspec", reason="pathspec reads .comfyignore; make setup installs it")
+    ignored = pathspec.GitIgnoreSpec.from_lines((ROOT / ".comfyignore").read_text().splitlines())
+    files = {path.relative_to(ROOT).as_posix(): path for path in sources()}
+    kept = {name: path for name, path in files.items() if not ignored.match_file(name)}
+    left_out = ("tests/", "docs/", "benchmarks/", "tiny_flux/runs/", "tiny_flux/train_")
+    needed = {name for name in files if name.startswith(SHOWN) or (name.endswith(".py") and
+                                                                   not name.startswith(left_out))}
+    assert needed - set(kept) == set()
+    assert [name for name in kept if name.startswith(left_out)] == []
+    assert sum(path.stat().st_size for path in kept.values()) < PACKAGE_BYTES
+
+
+def test_registry_metadata() -> None:
+    """What docs.comfy.org/registry/specifications asks for."""
+    project, comfy = PYPROJECT["project"], PYPROJECT["tool"]["comfy"]
+    assert re.fullmatch(r"[a-zA-Z][a-zA-Z0-9._-]{0,99}", project["name"]) and "comfyui" not in project["name"].lower()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", project["version"])
+    assert project["description"] and project["requires-python"] and project["license"] == "Apache-2.0"
+    assert {"Repository", "Documentation", "Issues"} <= set(project["urls"])
+    assert all(url.startswith("https://") for url in project["urls"].values())
+    assert comfy["PublisherId"] and comfy["DisplayName"]
+    assert re.fullmatch(r"(?:(?:>=|<)\d+\.\d+\.\d+,?)+", comfy["requires-comfyui"])
+    assert (ROOT / comfy["Icon"].split("/HEAD/")[1]).is_file()
+    registry = [name for name in project["classifiers"] if name.startswith(("Operating System ::", "Environment ::"))]
+    assert "Operating System :: OS Independent" in registry
+    known = {f"GPU :: {name}" for name in ("NVIDIA CUDA", "AMD ROCm", "Intel Arc", "Apple Metal")}
+    assert {name.removeprefix("Environment :: ") for name in registry if name.startswith("Env")} <= known
+
+
+FOREIGN = {  # what comfy-test does not allow anywhere in a pack, and what to use instead
+    r"\.cuda\s*\(|\.to\s*\(\s*(?:torch\.device\s*\(\s*)?[\"']cuda": "the host's device",
+    r"torch\.(?:cuda\.)?(?:amp\.)?autocast\s*\(": "an explicit dtype",
+    r"(?<![\w.])(?:torch\.)?nn\.(?:Linear|Conv[123]d|ConvTranspose[12]d|LayerNorm|GroupNorm|Embedding)\s*\(": "ops",
+}
+
+
+def test_sources_suit_the_linters_of_comfyui() -> None:
+    for path in (path for path in sources() if path.suffix == ".py"):
+        text = path.read_text(encoding="utf-8")
+        assert text.encode("cp1252", "replace").decode("cp1252") == text, \
+            f"{path}: write characters outside cp1252 as \\u escapes; tools on Windows read sources so"
+        for pattern, instead in FOREIGN.items():
+            lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+            found = [line for line in lines if re.search(pattern, line)]
+            assert not found, f"{path}: {found[0].strip()!r}; use {instead}"
+
+
+def test_ids_of_the_pack_agree() -> None:
+    """Translations name the pack by its folder, which installers make from the project's name."""
+    texts = json.loads((ROOT / "locales" / "en" / "main.json").read_text(encoding="utf-8"))
+    name = PYPROJECT["project"]["name"]
+    assert texts["templateWorkflows"]["category"] == {name: PYPROJECT["tool"]["comfy"]["DisplayName"]}
