@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, autocast
 
 from ..engine.models.autoencoder import Autoencoder
 from ..engine.specs import AutoencoderSpec
@@ -116,7 +116,7 @@ def train(run: Path, seed: int, checkpoint_every: int = 100) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = rate_at(phase, step)
             x = source.batch(phase.batch, phase.size).contiguous(memory_format=torch.channels_last)
-            with torch.autocast("cpu", torch.bfloat16):  # faster where the CPU has it; weights and loss stay fp32
+            with autocast("cpu", torch.bfloat16):  # faster where the CPU has it; weights and loss stay fp32
                 loss = loss_of(model, x)
             optimizer.zero_grad()
             loss.backward()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import random
 import time
 from dataclasses import dataclass, replace
@@ -16,13 +15,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
 
 from ..engine.models.autoencoder import Autoencoder
 from ..engine.models.clip import ClipText
 from ..engine.models.flux import Flux
 from ..engine.models.t5 import T5Encoder
-from ..engine.sampling import make_sigmas, table_for
+from ..engine.sampling import image_seq_len, make_sigmas, table_for
 from ..engine.sampling.latents import image_ids, patchify, text_ids, unpatchify
 from ..engine.specs import ClipTextSpec, FluxSpec, T5Spec
 from .data import SIZES, SQUARE, SceneLatents, figure_weights, pad_ids
@@ -37,6 +36,7 @@ DEV = FluxSpec(hidden_size=128, num_heads=1, depth=2, depth_single_blocks=4, con
 SCHNELL = replace(DEV, guidance_embed=False)
 TEXT_LENGTHS = ((32, 0.62), (48, 0.16), (64, 0.10), (128, 0.07), (256, 0.04), (512, 0.01))
 EMA = 0.999
+CHECKED_SIZES = (SQUARE, (96, 96), (192, 128))
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Recipe:
 
 RECIPES = {
     "dev": Recipe(DEV, steps=5700, batch=64, rate=2e-3, sizes_from=0.7, text_until=0.7),
-    "dev-polish": Recipe(DEV, steps=2200, batch=64, rate=1.5e-3, sizes_from=0.1, text_until=0.8, size_share=0.1),
-    "schnell": Recipe(SCHNELL, steps=1300, batch=64, rate=1e-3, sizes_from=0.0, text_until=0.0, size_share=0.08),
+    "dev-polish": Recipe(DEV, steps=12000, batch=64, rate=1.5e-3, sizes_from=0.0, text_until=0.65, size_share=0.5),
+    "schnell": Recipe(SCHNELL, steps=1800, batch=64, rate=1e-3, sizes_from=0.0, text_until=0.0, size_share=0.35),
 }
 SCHNELL_TIMES = (1.0, 0.75, 0.5, 0.25)
 
@@ -145,13 +145,15 @@ def step_loss(family: Family, data: SceneLatents, recipe: Recipe, progress: floa
 
 
 @torch.no_grad()
-def held_out_score(family: Family, autoencoder: Autoencoder, count: int, steps: int, length: int = 64) -> float:
+def held_out_score(family: Family, autoencoder: Autoencoder, count: int, steps: int, length: int = 64,
+                   size: tuple[int, int] = SQUARE) -> float:
     """Share of held-out prompts whose picture shows all attributes: a quick check while training."""
     rng = random.Random(1)
     scenes = rng.sample(HELD_OUT_SCENES, count)
     txt, pooled = family.encode([caption(scene, rng) for scene in scenes], length)
-    x = torch.randn((count, 16, 16, 16), generator=torch.Generator().manual_seed(7))
-    sigmas = make_sigmas("bfl", steps, table=table_for(family.flux.spec), image_seq_len=64)
+    height, width = size[1] // 8, size[0] // 8
+    x = torch.randn((count, 16, height, width), generator=torch.Generator().manual_seed(7))
+    sigmas = make_sigmas("bfl", steps, table=table_for(family.flux.spec), image_seq_len=image_seq_len(height, width))
     for sigma, after in pairwise(sigmas):
         x = x + (after - sigma) * family.velocity(x, sigma.expand(count), txt, pooled, torch.full((count,), 3.5))
     spec = autoencoder.spec
@@ -171,6 +173,7 @@ def train(recipe: Recipe, run: Path, autoencoder: Autoencoder, start_from: dict[
     optimizers = make_optimizers(family, recipe.rate)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     if compiled:
+        torch._dynamo.config.recompile_limit = 64  # sizes and text lengths; past it blocks run uncompiled
         for block in (*family.flux.double_blocks, *family.flux.single_blocks):
             block.compile(dynamic=True)
     begin, state_file = 0, run / "state.pt"
@@ -185,10 +188,10 @@ def train(recipe: Recipe, run: Path, autoencoder: Autoencoder, start_from: dict[
     running = 0.0
     for step in range(begin, recipe.steps):
         for optimizer, peak in zip(optimizers, peaks, strict=True):
-            optimizer.param_groups[0]["lr"] = peak * _cycle(step / recipe.steps)
+            optimizer.param_groups[0]["lr"] = peak * _warm_hold_fall(step / recipe.steps)
         if step >= recipe.text_until * recipe.steps and family.t5.shared.weight.requires_grad:
             family.rest_text(average)
-        with torch.autocast("cpu", torch.bfloat16):  # half the time of fp32 on CPUs that have it; weights stay fp32
+        with autocast("cpu", torch.bfloat16):  # half the time of fp32 on CPUs that have it; weights stay fp32
             loss = step_loss(family, data, recipe, step / recipe.steps, rng)
         family.zero_grad()
         loss.backward()
@@ -208,14 +211,15 @@ def train(recipe: Recipe, run: Path, autoencoder: Autoencoder, start_from: dict[
             kept = {k: v.clone() for k, v in family.state_dict().items()}
             family.load_state_dict(average)
             steps = 20 if recipe.spec.guidance_embed else 4
-            log.info("step %d held-out score %.3f", step + 1, held_out_score(family, autoencoder, 60, steps))
+            scores = {size: held_out_score(family, autoencoder, 60, steps, size=size) for size in CHECKED_SIZES}
+            log.info("step %d held-out scores %s", step + 1, scores)
             family.load_state_dict(kept)
 
 
-def _cycle(progress: float) -> float:
-    if progress < 0.04:
-        return progress / 0.04 + 1e-3
-    return 0.005 + 0.995 * 0.5 * (1 + math.cos(math.pi * (progress - 0.04) / 0.96))
+def _warm_hold_fall(progress: float) -> float:
+    """Share of the peak rate: up over a fiftieth of the run, level, down over its last 35 %. While it is level a run
+    can still be made longer or shorter (arXiv 2405.18392)."""
+    return min(1.0, progress / 0.02 + 1e-3, (1 - progress) / 0.35 + 1e-3)
 
 
 def _save(run: Path, family: Family, optimizers: list[torch.optim.Optimizer], average: dict[str, Tensor],

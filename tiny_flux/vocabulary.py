@@ -39,12 +39,12 @@ def words() -> list[str]:
 def t5_tokenizer() -> Tokenizer:
     """Unigram with T5's special pieces: `<pad>` 0, `</s>` 1, `<unk>` 2; appends `</s>`."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    pieces += [(f"▁{word}", -5.0 - 0.01 * i) for i, word in enumerate(words())]
-    pieces += [(piece, -12.0 - 0.01 * i) for i, piece in enumerate(["▁", *LETTERS, *PUNCTUATION])]
+    pieces += [(f"\u2581{word}", -5.0 - 0.01 * i) for i, word in enumerate(words())]
+    pieces += [(piece, -12.0 - 0.01 * i) for i, piece in enumerate(["\u2581", *LETTERS, *PUNCTUATION])]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
     tokenizer.normalizer = normalizers.Sequence([
         normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " ")])
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always")
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return tokenizer
 
