@@ -20,9 +20,9 @@ SIZES = (
     (96, 256), (256, 96),
 )  # width, height in pixels
 HARD_SHAPES = {"star": 3.5, "ring": 1.7}
-UNTOLD = 0.3
-"""More than among prompts: to settle on one of several answers is harder than to draw a given one. With 0.12, 13 of 15
-such prompts came out between two answers where 129 of 135 others were right."""
+LARGE_UNTOLD, CENTER_UNTOLD = 0.25, 0.5
+"""How often captions leave out what goes without saying: a figure without a size is large, one without a place in the
+centre. Left out of any scene, they were drawn between two answers: to settle on one by the noise was too hard."""
 SCENES_PER_SIZE = 320           # of the sizes other than 128 x 128, which has them all
 
 
@@ -97,16 +97,15 @@ def guided_caption(scene: Scene, guidance: float, rng: random.Random) -> str:
     """A caption of the scene; below guidance 2, more and more often one of another scene.
 
     So the network learns what artists know of the real one: low guidance strays from the prompt, 2.5 and more follow
-    it. One in twenty is empty, for true CFG; UNTOLD of them leave out size or place.
+    it. One in twenty is empty, for true CFG.
     """
     if rng.random() < 0.05:
         return ""
     if guidance < 2 and rng.random() < 0.5 * (2 - guidance):
         scene = rng.choice(TRAINING_SCENES)
-    chance = rng.random()
-    if chance < UNTOLD / 2:
+    if scene.size == "large" and rng.random() < LARGE_UNTOLD:
         scene = replace(scene, size=None)
-    elif chance < UNTOLD:
+    elif scene.place == "center" and rng.random() < CENTER_UNTOLD:
         scene = replace(scene, place=None)
     text = caption(scene, rng if rng.random() < 0.7 else None)
     return rng.choice((text, text, text.capitalize(), text + ".", text.capitalize() + "."))

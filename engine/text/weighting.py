@@ -7,7 +7,7 @@ The rules, since they are habits of a user interface and no published grammar:
 - a bracket that is never closed, and a closing bracket that was never opened, are text;
 - `\\(` and `\\)` are brackets as text; every other backslash is itself.
 
-`embedding:name` (textual inversion) is not supported: it stays in the prompt as plain text and is reported once.
+`embedding:name` (textual inversion) is not supported: it stays in the prompt as plain text, and a warning says so.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_NESTING = 100
 
 # Escaped brackets travel as lone surrogates: no valid prompt holds one (`check_prompt` refuses them).
 _ESCAPES = (("\\)", "\udc29"), ("\\(", "\udc28"))
-_EMBEDDING = re.compile(r"(?:^|(?<=\s))embedding:\S+")
+_EMBEDDING = re.compile(r"(?:^|(?<=[\s(]))embedding:[^\s():]+")
 
 logger = logging.getLogger(__name__)
 

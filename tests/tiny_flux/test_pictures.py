@@ -17,7 +17,8 @@ from flux_kit.tiny_flux.scenes import HELD_OUT_SCENES, Scene
 from flux_kit.tiny_flux.score import Case, Studio, held_out_cases, matches, read_picture, round_trip_psnr, score
 from PIL import Image
 
-DEV_FLOOR, SCHNELL_FLOOR, PADDING_FLOOR = 0.75, 0.75, 0.6
+DEV_FLOOR, SCHNELL_FLOOR, PADDING_FLOOR = 0.9, 0.85, 0.8
+SIZE_FLOORS = {(96, 96): 0.4, (192, 128): 0.75, (128, 256): 0.75}
 EXAMPLES = Path(__file__).parents[2] / "example_workflows"
 MODELS = Path(__file__).parents[2] / "tiny_flux" / "models"
 
@@ -58,10 +59,10 @@ def test_schnell_draws_what_is_asked_in_four_steps(schnell: Studio) -> None:
     assert score(schnell, held_out_cases(40), batch=20) >= SCHNELL_FLOOR
 
 
-@pytest.mark.xfail(strict=True, reason="the shipped weights have hardly seen sizes other than 128 x 128 (docs/log.md)")
-@pytest.mark.parametrize("size", [(96, 96), (192, 128), (128, 256)])
+@pytest.mark.parametrize("size", SIZE_FLOORS)
 def test_other_sizes_follow_the_prompt(dev: Studio, size: tuple[int, int]) -> None:
-    assert score(dev, held_out_cases(16, seed=3), size=size, batch=16) >= 0.75
+    """At 96 x 96 a small figure is three latent cells wide."""
+    assert score(dev, held_out_cases(16, seed=3), size=size, batch=16) >= SIZE_FLOORS[size]
 
 
 def test_longer_padding_changes_little(dev: Studio) -> None:

@@ -113,3 +113,6 @@ def test_textual_inversion_is_reported(caplog: pytest.LogCaptureFixture) -> None
     with caplog.at_level(logging.WARNING):
         assert parse_weights("a embedding:style cat") == [("a embedding:style cat", 1.0)]
     assert "embedding:style" in caplog.text and "plain text" in caplog.text
+    with caplog.at_level(logging.WARNING):
+        assert parse_weights("a (embedding:other:1.2) cat")[1] == ("embedding:other", 1.2)
+    assert "'embedding:other'" in caplog.text

@@ -25,6 +25,7 @@ MORE = {  # test -> what the row is called; `{}` stands for the test's own param
     "test_inside.py::test_after_an_accident_the_same_run_gives_the_same": "after {}: the same again",
     "test_server.py::test_interrupted_and_run_again": "interrupt by the server",
     "test_server.py::test_core_s_loader_and_ours_agree": "core's UNETLoader as oracle, {}",
+    "test_vision.py::test_redux_gives_the_same_latent_in_both_hosts": "StyleModelApply, {}",
     "test_templates.py::test_a_template_gives_core_s_latents": "template {}",
     "test_packs.py::test_a_pack_does_to_ours_what_it_does_to_core_s": "stand-in pack {}",
 }

@@ -113,17 +113,6 @@ def test_our_sampler_and_core_s_agree(server: Server, solver: str, schedule: str
     assert relative(ours, theirs) <= SAME
 
 
-@pytest.fixture(scope="session")
-def core_can_load(server: Server) -> bool:
-    """Whether core's own loader takes the tiny transformer; where sizes are not inferred (0.3.64) it does not."""
-    try:
-        server.latents(core_loader(core(steps=1)))
-    except Failed as failed:
-        assert "size mismatch" in str(failed)
-        return False
-    return True
-
-
 @pytest.mark.parametrize("make", [core, flux_kit])
 def test_core_s_loader_and_ours_agree(server: Server, core_can_load: bool, make: Callable[..., Prompt]) -> None:
     if not core_can_load:
