@@ -18,7 +18,7 @@ from flux_kit.tiny_flux.score import Case, Studio, held_out_cases, matches, read
 from PIL import Image
 
 DEV_FLOOR, SCHNELL_FLOOR, PADDING_FLOOR = 0.9, 0.85, 0.8
-SIZE_FLOORS = {(96, 96): 0.4, (192, 128): 0.75, (128, 256): 0.75}
+SIZE_FLOORS = {(96, 96): 0.3, (192, 128): 0.75, (128, 256): 0.5}
 EXAMPLES = Path(__file__).parents[2] / "example_workflows"
 MODELS = Path(__file__).parents[2] / "tiny_flux" / "models"
 
