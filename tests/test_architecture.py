@@ -54,7 +54,6 @@ THIRD_PARTY: dict[str, set[str]] = {
     "comfy": {"hosts.comfyui"},
     "comfy_api": {"hosts.comfyui"},
     "comfy_execution": {"hosts.comfyui"},
-    "comfy_kitchen": {"hosts.comfyui"},
     "folder_paths": {"hosts.comfyui"},
     "latent_preview": {"hosts.comfyui"},
     "server": {"hosts.comfyui"},
