@@ -25,7 +25,7 @@ MAX_NESTING = 100
 
 # Escaped brackets travel as lone surrogates: no valid prompt holds one (`check_prompt` refuses them).
 _ESCAPES = (("\\)", "\udc29"), ("\\(", "\udc28"))
-_EMBEDDING = re.compile(r"(?:^|(?<=[\s(]))embedding:[^\s():]+")
+INVERSION = re.compile(r"(?:^|(?<=[\s(]))embedding:([^\s():]+)")
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +49,8 @@ def parse_weights(text: str) -> list[tuple[str, float]]:
     Raises BadInput for a weight that is not finite and for brackets nested more than 100 deep.
     """
     check_prompt(text)
-    for found in _EMBEDDING.findall(text):
-        logger.warning("textual inversion is not supported: %r is read as plain text", found)
+    for found in INVERSION.finditer(text):
+        logger.warning("textual inversion is not supported: %r is read as plain text", found[0])
     for written, stand_in in _ESCAPES:
         text = text.replace(written, stand_in)
     return [(_unescape(part), weight) for part, weight in _segments(text, 1.0, 0)]

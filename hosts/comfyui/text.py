@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from ...engine.models.t5 import T5Encoder
 from ...engine.specs import T5_XXL
 from ...engine.text import TextEncoders, Token, encoder_files, find_tokenizer
 from ...engine.text.tokenizer import T5_MIN_LENGTH
+from ...engine.text.weighting import INVERSION
 from ...engine.weights import load
 from .. import Conditioning
 from ..names import shown
@@ -33,7 +33,6 @@ from .packed import HostPacked, packed_layers, scratch, weight_count
 
 log = logging.getLogger(__name__)
 
-INVERSION = re.compile(r"(?:^|(?<=[\s(]))embedding:([^\s():]+)")
 Row = list[tuple[Any, ...]]  # (id, weight) or (id, weight, word)
 
 

@@ -33,10 +33,6 @@ class Failed(Exception):
         self.node, self.kind = node, kind
 
 
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
-
-
 def environment() -> dict[str, str]:
     """Few threads; and no path of this test run, where `flux_kit` would be found under its own name."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}

@@ -27,13 +27,6 @@ def manifest(name: str) -> dict[str, Any]:
     return json.loads(gzip.decompress((MANIFESTS / f"{name}.json.gz").read_bytes()))
 
 
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    """Norm of the difference over the norm of the oracle's."""
-    assert ours.shape == theirs.shape
-    assert torch.isfinite(ours).all()
-    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
-
-
 # ---------------------------------------------------------------------------------------------------- our models
 
 def on_meta(kind: type[nn.Module], spec: object) -> nn.Module:

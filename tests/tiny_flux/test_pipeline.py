@@ -10,11 +10,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from compare import relative
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from flux_kit.engine.sampling import Denoiser, make_noise, make_sigmas, sample, table_for
 from flux_kit.tiny_flux.score import Studio
 from flux_kit.tiny_flux.vocabulary import clip_tokenizer, t5_tokenizer
-from oracles import autoencoder_oracle, clip_oracle, flux_oracle, relative, t5_oracle
+from oracles import autoencoder_oracle, clip_oracle, flux_oracle, t5_oracle
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast

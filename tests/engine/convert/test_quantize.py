@@ -15,6 +15,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from compare import relative
 from family import Family, random_weights
 from flux_kit.engine.convert import RECIPES, quantize
 from flux_kit.engine.convert.recipes import stored_type, written_name
@@ -66,10 +67,6 @@ def read_gguf(path: Path) -> dict[str, tuple[str, Tensor]]:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         found[tensor.name] = tensor.tensor_type.name, torch.from_numpy(values).view(*map(int, reversed(tensor.shape)))
     return found
-
-
-def relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
 
 
 def fields(path: Path) -> Mapping[str, Any]:

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from compare import relative
 from flux_kit.engine.models.autoencoder import Autoencoder
 from flux_kit.engine.models.tiling import decode_tiled
 from flux_kit.engine.specs import FLUX_AE, AutoencoderSpec
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import loaded, on_meta, random_state, relative
+from oracles import loaded, on_meta, random_state
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compare import relative
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from flux_kit.engine.errors import BadInput, NotFinite
 from flux_kit.engine.models.vision import Redux, SiglipVision, to_pixels
 from flux_kit.engine.specs import REDUX, SIGLIP, ReduxSpec, SiglipSpec
 from flux_kit.engine.weights import load
-from oracles import State, loaded, manifest, on_meta, random_state, relative
+from oracles import State, loaded, manifest, on_meta, random_state
 from PIL import Image
 from torch import Tensor
 from transformers import SiglipVisionConfig, SiglipVisionModel

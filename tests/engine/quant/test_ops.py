@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import relative
 from flux_kit.engine.models.ops import PLAIN
 from flux_kit.engine.quant import FORMATS, Embedding, Linear, QuantFormat, ops, packed_like
 from gguf_files import unpack, weight_blocks
@@ -26,10 +27,6 @@ def linear(name: str, bias: bool = True, format: QuantFormat | None = None, **op
     if bias:
         layer.bias.data = torch.randn(ROWS)
     return layer, unpack(packed, name)
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours.float() - theirs.float()).norm() / theirs.float().norm())
 
 
 @pytest.mark.parametrize("tile", [1, 5 * WIDTH, 1 << 21], ids=["row", "5 rows", "whole"])

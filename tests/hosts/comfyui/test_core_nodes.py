@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from comfy_server import Server, relative
+from comfy_server import Server
+from compare import relative
 from prompts import TEXT, Prompt, core, core_loader, node
 from safetensors.torch import save_file
 from torch import Tensor

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from comfy_server import Host, Server, environment, relative
+from comfy_server import Host, Server, environment
+from compare import relative
 from flux_kit.cli import session
 from flux_kit.engine.quant import FORMATS
 from flux_kit.hosts.standalone.folders import Folders

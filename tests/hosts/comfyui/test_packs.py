@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from comfy_server import Failed, Server, relative
+from comfy_server import Failed, Server
+from compare import relative
 from prompts import Prompt, core, core_loader, node
 
 SAME = 1e-5

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from comfy_server import Failed, Server
+from compare import relative
 from flux_kit.cli import main
 from flux_kit.hosts.standalone.png import read_text
 from flux_kit.hosts.standalone.workflow import load_workflow
@@ -23,10 +24,6 @@ from torch import Tensor
 SAME = 1e-5
 EXAMPLES = Path(__file__).parents[3] / "example_workflows"
 Standalone = Callable[[Prompt], dict[str, Tensor]]
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 def options(info: dict[str, Any], kind: str, name: str) -> list[str]:

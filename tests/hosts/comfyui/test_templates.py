@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from comfy_server import Server, relative
+from comfy_server import Server
+from compare import relative
 from flux_kit.cli import session
 from flux_kit.engine.weights import open_checkpoint
 from flux_kit.hosts.standalone.executor import Executor

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from comfy_server import Failed, Server, relative
+from comfy_server import Failed, Server
+from compare import relative
 from family import DEV, random_weights
 from flux_kit.engine.models.flux import Flux
 from prompts import Prompt, core, core_loader, node

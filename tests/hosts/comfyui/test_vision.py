@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from comfy_server import Failed, Server
+from compare import relative
 from family import random_weights
 from flux_kit.cli import session
 from flux_kit.engine.models.vision import Redux, SiglipVision
@@ -153,10 +154,6 @@ def twice() -> Prompt:
 
 CASES = {"official": redux(), "cut out": redux(crop="center"), "multiplied": redux(0.5),
          "biased": redux(0.3, "attn_bias"), "biased more, then again": twice()}
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 @pytest.mark.parametrize("name", CASES)

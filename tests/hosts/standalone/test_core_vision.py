@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compare import relative
 from family import random_weights
 from family_fixtures import samples
 from flux_kit.engine.errors import BadInput, BadModelFile, FluxKitError, NotFinite
@@ -70,10 +71,6 @@ def sampler(positive: str) -> tuple[str, dict[str, Any]]:
     return "KSampler", {"model": ["load", 0], "positive": [positive, 0], "negative": [positive, 0],
                         "latent_image": ["empty", 0], "seed": 7, "steps": 3, "cfg": 1.0, "sampler_name": "euler",
                         "scheduler": "simple", "denoise": 1.0}
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 def test_the_tokens_are_the_engine_s_behind_the_text(run_prompt: Run, redux_files: Path, host: StandaloneHost) -> None:
