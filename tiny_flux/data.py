@@ -15,15 +15,15 @@ from ..engine.models.autoencoder import Autoencoder
 from .scenes import TRAINING_SCENES, Scene, caption, render
 
 SQUARE = (128, 128)
-SIZES = (
-    (96, 96), (160, 160), (192, 192), (256, 256), (96, 160), (160, 96), (128, 192), (192, 128), (128, 256), (256, 128),
-    (96, 256), (256, 96),
-)  # width, height in pixels
+SIZES = {
+    (96, 96): 2.5, (160, 160): 1.0, (192, 192): 1.0, (256, 256): 1.5, (96, 160): 1.0, (160, 96): 1.0, (128, 192): 1.0,
+    (192, 128): 1.0, (128, 256): 1.5, (256, 128): 1.5, (96, 256): 1.0, (256, 96): 1.0,
+}  # width, height in pixels: how often it is drawn
 HARD_SHAPES = {"star": 3.5, "ring": 1.7}
 LARGE_UNTOLD, CENTER_UNTOLD = 0.25, 0.5
 """How often captions leave out what goes without saying: a figure without a size is large, one without a place in the
 centre. Left out of any scene, they were drawn between two answers: to settle on one by the noise was too hard."""
-SCENES_PER_SIZE = 320           # of the sizes other than 128 x 128, which has them all
+SCENES_PER_SIZE = 640           # of the sizes other than 128 x 128, which has them all
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ DEV = FluxSpec(hidden_size=128, num_heads=1, depth=2, depth_single_blocks=4, con
 SCHNELL = replace(DEV, guidance_embed=False)
 TEXT_LENGTHS = ((32, 0.62), (48, 0.16), (64, 0.10), (128, 0.07), (256, 0.04), (512, 0.01))
 EMA = 0.999
-CHECKED_SIZES = (SQUARE, (96, 96), (192, 128))
+CHECKED_SIZES = (SQUARE, (96, 96), (256, 128))
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Recipe:
 RECIPES = {
     "dev": Recipe(DEV, steps=5700, batch=64, rate=2e-3, sizes_from=0.7, text_until=0.7),
     "dev-polish": Recipe(DEV, steps=12000, batch=64, rate=1.5e-3, sizes_from=0.0, text_until=0.65, size_share=0.5),
+    "dev-sizes": Recipe(DEV, steps=8000, batch=64, rate=1.2e-3, sizes_from=0.0, text_until=0.0, size_share=0.6),
     "schnell": Recipe(SCHNELL, steps=1800, batch=64, rate=1e-3, sizes_from=0.0, text_until=0.0, size_share=0.35),
 }
 SCHNELL_TIMES = (1.0, 0.75, 0.5, 0.25)
@@ -131,7 +132,7 @@ def make_optimizers(family: Family, rate: float) -> list[torch.optim.Optimizer]:
 
 def step_loss(family: Family, data: SceneLatents, recipe: Recipe, progress: float, rng: random.Random) -> Tensor:
     other = progress >= recipe.sizes_from and rng.random() < recipe.size_share
-    size = rng.choice(SIZES) if other else SQUARE
+    size = rng.choices(list(SIZES), list(SIZES.values()))[0] if other else SQUARE
     length = rng.choices([n for n, _ in TEXT_LENGTHS], [p for _, p in TEXT_LENGTHS])[0]
     tokens = size[0] * size[1] // 256 + length
     batch = data.batch(size, max(8, min(recipe.batch, recipe.batch * 128 // tokens)))
@@ -208,6 +209,7 @@ def train(recipe: Recipe, run: Path, autoencoder: Autoencoder, start_from: dict[
             running = 0.0
         if (step + 1) % 500 == 0 or step + 1 == recipe.steps:
             _save(run, family, optimizers, average, step + 1)
+        if (step + 1) % 1000 == 0 or step + 1 == recipe.steps:
             kept = {k: v.clone() for k, v in family.state_dict().items()}
             family.load_state_dict(average)
             steps = 20 if recipe.spec.guidance_embed else 4

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from compare import relative
 from flux_kit.engine.models.autoencoder import Autoencoder
 from flux_kit.engine.models.clip import ClipText
 from flux_kit.engine.models.flux import Flux
@@ -24,7 +25,6 @@ from oracles import (
     loaded,
     on_meta,
     random_state,
-    relative,
     t5_oracle,
     tied,
 )
