@@ -28,6 +28,7 @@ ROWS, WIDTH, TOKENS = 12288, 3072, 512
 USUAL = ("Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K")
 GOALS = {"Q8_0": (3, 2), "Q4_0": (3, 2), "Q4_K": (3, 2)}
 """Times faster than eager and than gguf-py; 1.5 times faster than eager are asked of the other types."""
+NOT_GGML = ("NF4", "FP4", "INT8", "MXFP8", "NVFP4_16")
 LINEAR_GOAL = 2
 """Times the plain product, at most."""
 
@@ -165,7 +166,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=7)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    every = [name for name in FORMATS if name not in ("F32", "F16", "BF16", "Q8_K") and name[:3] not in ("NF4", "FP4")]
+    every = [name for name in FORMATS if name not in ("F32", "F16", "BF16", "Q8_K") and not name.startswith(NOT_GGML)]
     print(f"{'':8}{'ours':>7}{'into':>7}{'eager':>7}{'gguf-py':>9} | eager/ours, into | gguf/ours, into | "
           "linear: plain, packed, ratio | spread")
     for name in options.types or (every if options.all else USUAL):

@@ -16,7 +16,7 @@ from .parser import UsageError, build_parser
 
 DONE, FAILED, WRONG_USAGE = 0, 1, 2
 COMMANDS = {"run": ".run", "generate": ".generate", "inspect": ".inspect", "quantize": ".quantize",
-            "doctor": ".doctor"}
+            "lora": ".lora", "doctor": ".doctor"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,7 +28,12 @@ class Check:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print every check; 1 if one of them is a problem, else 0."""
+    """Print every check, or with `--plans` the table of plans; 1 if a check is a problem, else 0."""
+    if options.plans:
+        from .plans import markdown, rows
+        table = rows()
+        report.result({"ok": True, "plans": table}, markdown(table), as_json=options.json)
+        return 0
     checks = [Check("python", OK, f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
               *map(_package, PACKAGES)]
     if all(check.status == OK for check in checks):  # what follows needs the packages

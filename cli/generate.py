@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,12 +48,15 @@ def main(options: argparse.Namespace) -> int:
     parts = find_parts(host, options)
     if options.guidance is not None and not parts.spec.guidance_embed:
         report.note(f"flux-kit: {parts.transformer.name} takes no guidance (schnell kind); --guidance has no effect")
+    loras = [(host.name_file("loras", _found(host, "loras", "--lora", path)), strength)
+             for path, strength in options.loras]
     nodes = session.node_classes()
     width, height = _size(options, parts.spec)
+    session.check_memory(host, {"transformer": parts.transformer, **parts.others}, width, height)
     executor = session.executor(host, nodes)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     for seed in range(options.seed, options.seed + options.count):
-        executor.run(graph(host, options, parts, width, height, seed))
+        executor.run(graph(host, options, parts, loras, width, height, seed))
     session.tell(host, options.seed, started, as_json=options.json)
     return 0
 
@@ -68,9 +73,9 @@ def _size(options: argparse.Namespace, spec: FluxSpec) -> tuple[int, int]:
     return picture_size(CUSTOM, 1.0, options.width or side, options.height or side)
 
 
-def graph(host: StandaloneHost, options: argparse.Namespace, parts: Parts, width: int, height: int,
-          seed: int) -> Prompt:
-    """The workflow of one picture, in API format."""
+def graph(host: StandaloneHost, options: argparse.Namespace, parts: Parts, loras: Sequence[tuple[str, float]],
+          width: int, height: int, seed: int) -> Prompt:
+    """The workflow of one picture, in API format. `loras`: names and strengths."""
     from ..nodes.api import FROM_MODEL
     from ..nodes.sampling import KEEP_STEPS
     from ..nodes.sizes import CUSTOM
@@ -99,7 +104,18 @@ def graph(host: StandaloneHost, options: argparse.Namespace, parts: Parts, width
         prompt["7"] = {"class_type": "FluxKitEncodePrompt", "inputs": text(options.negative or ""),
                        "_meta": {"title": "Negative prompt"}}
         prompt["4"]["inputs"]["negative"] = ["7", 0]
-    return prompt
+    return with_loras(prompt, loras) if loras else prompt
+
+
+def with_loras(prompt: Prompt, loras: Sequence[tuple[str, float]]) -> Prompt:
+    """The workflow with a stack of LoRAs between the loader and what uses its model and text encoders."""
+    rows = [{"lora": name, "model": strength, "clip": strength} for name, strength in loras]
+    for node in prompt.values():
+        links = node["inputs"]
+        links.update({name: ["9", value[1]] for name, value in links.items() if value in (["1", 0], ["1", 1])})
+    return {**prompt, "8": {"class_type": "FluxKitLoraStack", "inputs": {"rows": json.dumps(rows)}},
+            "9": {"class_type": "FluxKitLoraApply", "inputs": {
+                "model": ["1", 0], "loras": ["8", 1], "clip": ["1", 1], "mode": "auto", "on_problem": "strict"}}}
 
 
 def find_parts(host: StandaloneHost, options: argparse.Namespace) -> Parts:
@@ -134,14 +150,18 @@ def tiny(role: str) -> Path:
 
 def _named(host: StandaloneHost, role: str, path: Path) -> Path:
     """A path of the user, else a name in the model folders."""
+    if role == "transformer" and not path.exists() and str(path) in host.list_files("checkpoints"):
+        return host.resolve_file("checkpoints", str(path))
+    return _found(host, KIND_OF_ROLE[role], OPTION_OF_ROLE[role], path)
+
+
+def _found(host: StandaloneHost, kind: str, option: str, path: Path) -> Path:
     if path.exists():
         return path
     try:
-        return host.resolve_file(KIND_OF_ROLE[role], str(path))
+        return host.resolve_file(kind, str(path))
     except MissingFile as error:
-        if role == "transformer" and str(path) in host.list_files("checkpoints"):
-            return host.resolve_file("checkpoints", str(path))
-        raise MissingFile(f"{OPTION_OF_ROLE[role]} {path}: there is no such file; {error}", file=path) from None
+        raise MissingFile(f"{option} {path}: there is no such file; {error}", file=path) from None
 
 
 def _described(path: Path) -> Detection:

@@ -11,6 +11,8 @@ SEED_MAX = 2**64 - 1
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 PARTS = ("transformer", "t5", "clip_l")
 MEMORY = ("auto", "full", "stream", "cpu")
+LAYOUTS = ("kohya", "peft")
+LORA_DTYPES = ("same", "fp16", "bf16", "fp32")
 
 
 class UsageError(Exception):
@@ -70,6 +72,35 @@ def _setting(text: str) -> tuple[str, str, str]:
     return node.strip(), name.strip(), value
 
 
+def weighted(text: str) -> tuple[Path, float]:
+    """`FILE:STRENGTH` or `FILE`, whose strength is 1. What follows the last colon is a strength if it is a number, so
+    that `C:\\loras\\a.safetensors` is a file."""
+    name, colon, strength = text.rpartition(":")
+    try:
+        value = float(strength)
+    except ValueError:
+        return Path(text), 1.0
+    if not colon or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FILE:STRENGTH, for example style.safetensors:0.8")
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r}: the strength is not a finite number")
+    return Path(name), value
+
+
+def _lora(text: str) -> tuple[Path, float]:
+    """`FILE:STRENGTH` or `FILE` -> file and strength; a colon with no number behind it belongs to the name."""
+    name, colon, number = text.rpartition(":")
+    if colon and name:
+        try:
+            strength = float(number)
+        except ValueError:
+            return Path(text), 1.0
+        if not math.isfinite(strength):
+            raise argparse.ArgumentTypeError(f"the strength {number} in {text!r} is not a finite number")
+        return Path(name), strength
+    return Path(text), 1.0
+
+
 def _add_json(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
@@ -85,7 +116,8 @@ def _add_machine(command: argparse.ArgumentParser) -> None:
                          help="precision of the computation (default: bf16 where the device has it in hardware, "
                               "else fp16, and fp32 on a CPU)")
     command.add_argument("--memory", choices=MEMORY, default="auto",
-                         help="where weights live while a model runs (default: auto)")
+                         help="auto: on the device as far as they fit, else streamed block by block; full: never "
+                              "streamed; stream: every block streamed; cpu: all on the CPU (default: auto)")
     command.add_argument("--preview", metavar="FILE", type=Path,
                          help="a .png to hold a small picture of every step, while it runs")
 
@@ -104,6 +136,9 @@ def _add_generate(commands: argparse._SubParsersAction[Parser]) -> None:
     command.add_argument("--seed", metavar="N", type=_seed, default=0, help="0 ... 2^64-1 (default: 0)")
     command.add_argument("--guidance", metavar="X", type=_non_negative, default=None,
                          help="distilled guidance of dev models (default: 3.5)")
+    command.add_argument("--lora", metavar="FILE:STRENGTH", dest="loras", type=_lora, action="append", default=[],
+                         help="a LoRA, for the transformer and the text encoders: a path, or a name in the model "
+                              "folders; strength 1 if none is given (may repeat)")
     command.add_argument("--negative", metavar="TEXT", help="what to keep out; needs --cfg above 1")
     command.add_argument("--cfg", metavar="X", type=_non_negative, default=1.0,
                          help="classifier-free guidance; above 1 every step runs twice (default: 1)")
@@ -140,9 +175,40 @@ def _add_quantize(commands: argparse._SubParsersAction[Parser]) -> None:
     command.add_argument("destination", metavar="DST", type=Path, help="the file to write: .gguf, or .safetensors")
     command.add_argument("--type", metavar="T", required=True, help="what to make of the weights, for example Q4_K_M")
     command.add_argument("--part", choices=PARTS, help="which part of an all-in-one file")
+    command.add_argument("--lora", metavar="FILE:STRENGTH", type=weighted, action="append", default=[],
+                         help="a LoRA to put into the weights before they are made smaller (may repeat)")
     command.add_argument("--force", action="store_true", help="overwrite DST if it is there")
     command.add_argument("--device", default="auto", help="where to work it out: auto, cpu, cuda ... (default: auto)")
     _add_json(command)
+
+
+def _add_lora(commands: argparse._SubParsersAction[Parser]) -> None:
+    group = commands.add_parser("lora", help="make LoRA files", description="Make LoRA files: convert, merge, resize.")
+    actions = group.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
+    convert = actions.add_parser("convert", help="into kohya's or PEFT's names", description=(
+        "Write a LoRA of any format in kohya's or PEFT's (diffusers') names."))
+    convert.add_argument("source", metavar="SRC", type=Path, help="a LoRA file")
+    merge = actions.add_parser("merge", help="several into one", description=(
+        "Write several LoRAs, each times its strength, as one. Without --rank nothing is lost and ranks add up."))
+    merge.add_argument("loras", metavar="FILE:STRENGTH", type=weighted, nargs="+", help="for example style:0.8")
+    resize = actions.add_parser("resize", help="to a smaller rank", description=(
+        "Write the nearest LoRA of a smaller rank; layers that have no more are left as they are."))
+    resize.add_argument("source", metavar="SRC", type=Path, help="a LoRA file")
+    for command in (convert, merge, resize):
+        command.add_argument("destination", metavar="DST", type=Path, help="the file to write: .safetensors")
+        command.add_argument("--to", choices=LAYOUTS, required=command is convert,
+                             help="whose names" + ("" if command is convert else " (default: the first file's)"))
+        command.add_argument("--rank", metavar="N", type=_positive, required=command is resize,
+                             help="the largest of any layer; the nearest LoRA of it is written")
+        command.add_argument("--dtype", choices=LORA_DTYPES, default="same",
+                             help="type of the numbers (default: as they are)")
+        command.add_argument("--base", metavar="FILE", type=Path, action="append", default=[],
+                             help="the model, for LoRAs that need its weights: OFT, GLoRA, IA3, DoRA (may repeat)")
+        command.add_argument("--ignore-alpha", action="store_true", help="take every scale as 1")
+        command.add_argument("--split-fix", action="store_true", help="undo what kohya's split_qkv lost of the scale")
+        command.add_argument("--skip-broken", action="store_true", help="leave layers out that do not hold together")
+        command.add_argument("--force", action="store_true", help="overwrite DST if it is there")
+        _add_json(command)
 
 
 def build_parser() -> Parser:
@@ -152,6 +218,7 @@ def build_parser() -> Parser:
     _add_generate(commands)
     _add_run(commands)
     _add_quantize(commands)
+    _add_lora(commands)
     command = commands.add_parser("inspect", help="say what model files are", description="Say what model files are, "
                                   "from their headers. Exit code 1 if any file is refused.")
     command.add_argument("files", metavar="FILE", type=Path, nargs="+",
@@ -161,5 +228,7 @@ def build_parser() -> Parser:
                                   description="Check packages, devices, model folders and the built-in tiny-flux.")
     _add_models(command)
     command.add_argument("--device", default="auto", help="the device to check (default: auto)")
+    command.add_argument("--plans", action="store_true",
+                         help="print instead how FLUX.1-dev of each precision fits on cards of 6 to 24 GiB")
     _add_json(command)
     return parser

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from .. import hosts
 from ..engine.errors import FluxKitError, MissingFile
 from ..hosts import Progress
+from ..hosts.estimate import estimate_files
 from ..hosts.standalone.executor import Executor
 from ..hosts.standalone.folders import Folders
 from ..hosts.standalone.host import StandaloneHost
@@ -30,6 +31,8 @@ from .parser import UsageError
 TINY_MODELS = Path(__file__).parent.parent / "tiny_flux" / "models"
 TINY_FLUX = {"transformer": "diffusion_models/tiny-flux-dev.safetensors", "t5": "text_encoders/tiny-t5.safetensors",
              "clip_l": "text_encoders/tiny-clip_l.safetensors", "vae": "vae/tiny-ae.safetensors"}
+
+SHORTEST_TEXT = 256  # tokens that a prompt is padded to
 
 
 class _Lines(logging.Handler):
@@ -58,9 +61,25 @@ def open_host(options: argparse.Namespace, *, out: Path, inputs: Sequence[Path] 
     folders = open_folders(options.models, inputs=inputs, out=out)
     host = StandaloneHost(folders, device=options.device, dtype=options.dtype, memory=options.memory,
                           progress_bar=partial(progress_bar, preview_file=options.preview), save_to=save_to,
-                          previews=options.preview is not None)
+                          previews=options.preview is not None, tell=tell_memory)
     hosts.use(host)
     return host
+
+
+def check_memory(host: StandaloneHost, files: Mapping[str, Path | None], width: int, height: int) -> None:
+    """NotEnoughMemory, from headers alone and before anything is loaded, if these parts cannot make such a picture.
+    None stands for the transformer's file; of the prompt the least counts."""
+    whole = files["transformer"]
+    named = [(role, path or whole) for role, path in files.items()]
+    found = estimate_files([(role, path) for role, path in named if path is not None], width=width, height=height,
+                           text_tokens=SHORTEST_TEXT, dtype=host.dtype)
+    found.plan(host.residence.device.free() if host.residence.moves else None, None, host.memory)
+
+
+def tell_memory(line: str) -> None:
+    """What streams or works in strips, for the person at the terminal; what simply fits is not worth a line."""
+    if "stream" in line or "strips" in line:
+        report.note(f"flux-kit: {line}")
 
 
 def _show_warnings() -> None:
@@ -88,7 +107,7 @@ def node_classes() -> Nodes:
 
 
 def executor(host: StandaloneHost, nodes: Nodes) -> Executor:
-    return Executor(nodes, check_interrupt=host.check_interrupt)
+    return Executor(nodes, check_interrupt=host.check_interrupt, guard=host.guard)
 
 
 def check_target(option: str, file: Path) -> None:

@@ -56,5 +56,22 @@ class NotFinite(FluxKitError, ArithmeticError):
     """NaN or infinity where a finite value is needed: in weights, latents or pictures."""
 
 
+class NotEnoughMemory(FluxKitError, MemoryError):
+    """A stage does not fit into the memory there is, or the device ran out of it; nothing was saved."""
+
+    def __init__(self, stage: str, missing: int | None, where: str, advice: str) -> None:
+        lack = f"not enough {where}" if missing is None else f"{missing / 2**20:,.1f} MiB of {where} are missing"
+        super().__init__(f"{stage}: {lack}; nothing was saved. {advice}")
+        self.stage, self.missing = stage, missing
+
+
+class FileChanged(FluxKitError):
+    """A model file was changed, replaced or cut off since it was loaded; what was made with it is thrown away."""
+
+    def __init__(self, path: str | Path, what: str) -> None:
+        super().__init__(f"{path}: the file {what} while it was in use; the result is thrown away and nothing was "
+                         "saved. Leave model files alone during a run, and run again", file=path)
+
+
 class Interrupted(FluxKitError):
     """The user stopped the run; nothing was saved."""

@@ -15,6 +15,7 @@ from ..engine.errors import FluxKitError
 if TYPE_CHECKING:
     import torch
 
+    from ..engine.adapters import Row, Share
     from ..engine.models.autoencoder import Autoencoder
     from ..engine.models.flux import Flux
     from ..engine.models.vision import Redux, SiglipVision
@@ -55,6 +56,10 @@ class Host(Protocol):
         although slashes, case or subfolder differ (what was taken is logged). None or several: MissingFile with near
         matches. Kind "input" is the input folder, exact names only. Nothing outside the folders is ever returned."""
 
+    def new_file(self, kind: str, name: str) -> Path:
+        """Where a model file that is to be made goes: `name` below the first folder of its kind. BadInput for a name
+        that leaves it, or where there is no such folder; nothing is made."""
+
     # -- objects
     def load_model(self, path: Path) -> Any:
         """MODEL of the transformer in a file, alone or part of an all-in-one. BadModelFile says what the file is."""
@@ -85,6 +90,20 @@ class Host(Protocol):
 
     def wrap_style_model(self, redux: Redux, path: str | Path) -> Any:
         """STYLE_MODEL from an engine Redux projector."""
+
+    # -- LoRAs
+    def with_loras(self, model: Any, clip: Any | None, rows: Sequence[Row], *, mode: str = "auto", strict: bool = True
+                   ) -> tuple[Any, Any | None, str]:
+        """MODEL and CLIP with these LoRAs beside those they carry already, and a report on each. What is given stays
+        as it is, also where this fails.
+
+        `mode`: "auto", "side" (beside the weights) or "merge" (into them where they can be). `strict`: raises where a
+        file cannot be applied as it is (BadModelFile, BadInput, NotFinite, MissingFile); otherwise it, or its broken
+        layers, are left out and the report says so. A row that is off or 0 reads nothing.
+        """
+
+    def lora_share(self, model: Any, path: Path) -> Share:
+        """How much a LoRA file changes the transformer of MODEL, whose weights are read once."""
 
     # -- work
     def encode_prompt(self, clip: Any, clip_text: str, t5_text: str | None = None, guidance: float | None = None,
@@ -133,6 +152,9 @@ class Host(Protocol):
 
     def check_interrupt(self) -> None:
         """Raises Interrupted if the user asked to stop. Call it in long loops."""
+
+    def show(self, text: str) -> None:
+        """Shows a text, of several lines perhaps, with the node that runs now."""
 
     # -- where and how models run
     @property

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
-from collections.abc import Callable, Collection
-from pathlib import PurePosixPath
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..engine.errors import BadInput, FluxKitError, MissingFile
 
 _DEVICE = re.compile(r"^(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³]) *(\..*)?$", re.IGNORECASE)
 _TOKEN = re.compile(r"%[^%]+%")
+OWN = Path(os.path.realpath(__file__)).parents[1] / "tiny_flux"
 
 
 def shown(value: Any, limit: int = 100) -> str:
@@ -66,6 +68,21 @@ def check_name(name: str) -> tuple[str, ...]:
     if problem is not None:
         raise BadInput(f"file name '{shown(name)}' {problem}")
     return parts
+
+
+def place_for(kind: str, name: str, roots: Sequence[Path]) -> Path:
+    """The path of a new file `name` in the folder of `roots` that is called as its kind is, else in the first; never in
+    tiny-flux's. BadInput for a name that leaves it, links followed, or where there is no folder."""
+    parts = check_name(name)
+    theirs = [root for root in roots if not Path(os.path.realpath(root)).is_relative_to(OWN)]
+    if not theirs:
+        raise BadInput(f"{kind}: there is no folder of this kind to put '{shown(name)}' into; make one in a models "
+                       "folder, and name that (--models)")
+    root = next((root for root in theirs if root.name == kind), theirs[0])
+    path = root.joinpath(*parts)
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
+        raise BadInput(f"file name '{shown(name)}' is a link that leaves {root}")
+    return path
 
 
 def check_prefix(prefix: str) -> None:

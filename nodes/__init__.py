@@ -1,6 +1,7 @@
 """Flux Kit's nodes. Choose a host (`hosts.use`) before importing this package: the classes are built from its io."""
 
 from .images import FluxKitDecode, FluxKitEncode, FluxKitSave
+from .inspect import FluxKitInspect
 from .loaders import (
     FluxKitLoadFlux,
     FluxKitLoadRedux,
@@ -8,10 +9,25 @@ from .loaders import (
     FluxKitLoadTransformer,
     FluxKitLoadVAE,
 )
+from .lora import (
+    FluxKitLoraApply,
+    FluxKitLoraBlockWeights,
+    FluxKitLoraInspect,
+    FluxKitLoraRegion,
+    FluxKitLoraSchedule,
+    FluxKitLoraSweep,
+)
+from .lora_files import FluxKitLoraSave
+from .lora_stack import FluxKitLoraStack
+from .memory import FluxKitMemoryEstimate
+from .quantise import FluxKitQuantize
 from .sampling import FluxKitEmptyLatent, FluxKitSampler
 from .text import FluxKitEncodePrompt
 
 NODES = [FluxKitLoadFlux, FluxKitLoadTransformer, FluxKitLoadTextEncoders, FluxKitLoadVAE, FluxKitLoadRedux,
-         FluxKitEncodePrompt, FluxKitEmptyLatent, FluxKitSampler, FluxKitDecode, FluxKitEncode, FluxKitSave]
+         FluxKitEncodePrompt, FluxKitEmptyLatent, FluxKitSampler, FluxKitDecode, FluxKitEncode, FluxKitSave,
+         FluxKitQuantize, FluxKitInspect, FluxKitMemoryEstimate, FluxKitLoraStack, FluxKitLoraApply,
+         FluxKitLoraBlockWeights, FluxKitLoraSchedule, FluxKitLoraRegion, FluxKitLoraInspect, FluxKitLoraSweep,
+         FluxKitLoraSave]
 
 __all__ = ["NODES"]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..engine.errors import MissingFile
 from ..hosts import Host, current
+from ..hosts.fingerprint import fingerprint
 from ..hosts.names import problems
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ Clip = _io.Clip
 ClipVision = _io.ClipVision
 Combo = _io.Combo
 Conditioning = _io.Conditioning
+Custom = _io.Custom
 Float = _io.Float
 Image = _io.Image
 Int = _io.Int
@@ -78,11 +80,11 @@ class FileNode(ComfyNode):
     KINDS: ClassVar[dict[str, str]] = {}
 
     @classmethod
-    def fingerprint_inputs(cls, **widgets: Any) -> list[tuple[str, int, int]]:
-        """Path, time and size of each file; a linked widget is None, and another text than a file's is no file."""
+    def fingerprint_inputs(cls, **widgets: Any) -> list[Any]:
+        """What tells each file from another or a later one; a linked widget is None, another text than a file's is
+        no file."""
         named = [(cls.KINDS[key], value) for key, value in widgets.items() if key in cls.KINDS and value is not None]
-        paths = [file_of(kind, value) for kind, value in named if value not in NO_FILES]
-        return [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
+        return [fingerprint(file_of(kind, value)) for kind, value in named if value not in NO_FILES]
 
 
 def check_files(**kinds_and_names: tuple[str, str | None]) -> bool | str:

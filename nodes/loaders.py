@@ -30,7 +30,8 @@ class FluxKitLoadFlux(api.FileNode):
         inside = f" \"{FROM_MODEL}\": it is part of the model file."
         return api.Schema(
             node_id="FluxKitLoadFlux", display_name="Load Flux", category="Flux Kit/Load",
-            search_aliases=["flux loader", "checkpoint loader", "load checkpoint", "load diffusion model"],
+            search_aliases=["flux loader", "checkpoint loader", "load checkpoint", "load diffusion model",
+                            "gguf loader"],
             description="Loads all that FLUX.1 needs: transformer, both text encoders and autoencoder, from "
                         "single files or from one all-in-one file.",
             inputs=[api.Combo.Input("model", options=api.files(MODELS), tooltip=MODEL_TIP),
@@ -66,7 +67,8 @@ class FluxKitLoadTransformer(api.FileNode):
     def define_schema(cls) -> Any:
         return api.Schema(
             node_id="FluxKitLoadTransformer", display_name="Load Flux Transformer", category="Flux Kit/Load",
-            search_aliases=["unet loader", "load diffusion model", "flux model loader"],
+            search_aliases=["unet loader", "load diffusion model", "flux model loader", "gguf loader",
+                            "unet loader gguf"],
             description="Loads the FLUX.1 transformer alone.",
             inputs=[api.Combo.Input("model", options=api.files(MODELS), tooltip=MODEL_TIP)],
             outputs=[api.Model.Output("MODEL", tooltip=MODEL_OUT)])
@@ -87,7 +89,8 @@ class FluxKitLoadTextEncoders(api.FileNode):
     def define_schema(cls) -> Any:
         return api.Schema(
             node_id="FluxKitLoadTextEncoders", display_name="Load Text Encoders", category="Flux Kit/Load",
-            search_aliases=["dual clip loader", "clip loader", "t5 loader"],
+            search_aliases=["dual clip loader", "clip loader", "t5 loader", "gguf loader", "clip loader gguf",
+                            "dual clip loader gguf"],
             description="Loads the two text encoders of FLUX.1.",
             inputs=[api.Combo.Input("clip_l", options=api.files(ENCODERS), tooltip=CLIP_L_TIP),
                     api.Combo.Input("t5", options=api.files(ENCODERS), tooltip=T5_TIP)],

@@ -31,7 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine.weights": {"engine.errors", "engine.specs", "engine.models", "engine.quant"},
     "engine.text": {"engine.errors", "engine.specs", "engine.models", "engine.weights"},
     "engine.adapters": {"engine.errors", "engine.specs", "engine.weights", "engine.quant"},
-    "engine.convert": {"engine.errors", "engine.specs", "engine.weights", "engine.adapters", "engine.quant"},
+    "engine.convert": {"engine.errors", "engine.specs", "engine.weights", "engine.adapters", "engine.quant",
+                       "engine.text"},
     "engine.sampling": {"engine.errors", "engine.specs", "engine.conditioning", "engine.models"},
     "engine.memory": {"engine.errors", "engine.specs", "engine.models", "engine.quant"},
 }

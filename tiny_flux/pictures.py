@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .scenes import PALETTE, PLACES, SHAPES, SPANS, TRAINING_SCENES, Scene, coverage
+from .scenes import PALETTE, PLACES, SHAPES, SPANS, TRAINING_SCENES, Scene, coverage, render
 
 CANVAS = 128
 FREE_MASKS = 800
@@ -45,6 +45,11 @@ class PictureSource:
             left, top = (self._origin(middle, size) for middle in (x, y))
             pictures.append(picture[:, top:top + size, left:left + size])
         return torch.stack(pictures) * 2 - 1
+
+    def scenes(self, count: int, width: int, height: int) -> Tensor:
+        """`count` whole training scenes, the harder ones more often: `(B, 3, height, width)` in -1..1."""
+        pixels = [torch.from_numpy(render(self._choose(), width, height)) for _ in range(count)]
+        return torch.stack(pixels).permute(0, 3, 1, 2) * 2 - 1
 
     def _origin(self, middle: float, size: int) -> int:
         start = middle * CANVAS - size / 2 + self.random.uniform(-0.4, 0.4) * size

@@ -21,11 +21,13 @@ PALETTE: dict[str, tuple[int, int, int]] = {
 }
 SPANS = {"small": 0.28, "large": 0.50}  # of the shorter side
 SHAPES = ("circle", "square", "triangle", "ring", "star")
+MORE_SHAPES = ("cross",)  # what tiny-flux cannot draw, and a LoRA teaches it
 PLACES: dict[str, tuple[float, float]] = {  # centre, as shares of width and height
     "left": (0.27, 0.5), "right": (0.73, 0.5), "top": (0.5, 0.27), "bottom": (0.5, 0.73), "center": (0.5, 0.5),
 }
 RING_HOLE = 0.55          # of the diameter
 STAR_INNER = 0.42         # of the outer radius
+CROSS_ARM = 1 / 3         # width of a cross's arms, of its span
 SUPERSAMPLING = 4
 
 PLACE_WORDS: dict[str, tuple[str, ...]] = {  # the first wording is the canonical one
@@ -70,10 +72,10 @@ class Scene:
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 10 == 0
 
 
-def all_scenes() -> list[Scene]:
+def all_scenes(shapes: tuple[str, ...] = SHAPES) -> list[Scene]:
     return [Scene(size, color, shape, place, ground)
             for size, color, shape, place, ground
-            in itertools.product(SPANS, PALETTE, SHAPES, PLACES, PALETTE) if color != ground]
+            in itertools.product(SPANS, PALETTE, shapes, PLACES, PALETTE) if color != ground]
 
 
 TRAINING_SCENES = [scene for scene in all_scenes() if not scene.held_out]
@@ -99,7 +101,10 @@ def shape_mask(shape: str, x: NDArray[np.float64], y: NDArray[np.float64]) -> ND
         notch_x, notch_y = STAR_INNER * math.sin(half), STAR_INNER * math.cos(half)
         inside: NDArray[np.bool_] = (1 - along) * notch_x >= across * (1 - notch_y)
         return inside
-    raise ValueError(f"unknown shape {shape!r}; one of {', '.join(SHAPES)}")
+    if shape == "cross":
+        thin, thick = np.minimum(np.abs(x), np.abs(y)), np.maximum(np.abs(x), np.abs(y))
+        return (thin <= CROSS_ARM) & (thick <= 1)
+    raise ValueError(f"unknown shape {shape!r}; one of {', '.join((*SHAPES, *MORE_SHAPES))}")
 
 
 def coverage(shape: str, center: tuple[float, float], span: float, width: int, height: int) -> NDArray[np.float64]:

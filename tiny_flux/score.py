@@ -1,6 +1,6 @@
 """What a picture shows, judged by its pixels alone, and the score of tiny-flux over many prompts.
 
-`python -m flux_kit.tiny_flux.score` prints the table of the README.
+`python -m flux_kit.tiny_flux.score` prints the table of the README, with `--formats` the one of what packing costs.
 
 The judge knows the palette and the geometry of the grammar, and neither the prompt nor any rendered target: each pixel
 goes to the nearest palette colour, the background is the most frequent colour of the border, the figure the most
@@ -30,7 +30,9 @@ from ..engine.sampling import Denoiser, image_seq_len, make_sigmas, sample, tabl
 from ..engine.text import TextEncoders, find_tokenizer
 from ..engine.weights import load
 from .scenes import (
+    CROSS_ARM,
     HELD_OUT_SCENES,
+    MORE_SHAPES,
     PALETTE,
     PLACES,
     RING_HOLE,
@@ -57,11 +59,11 @@ class Reading:
     problem: str = ""
 
 
-def read_picture(picture: NDArray[np.uint8]) -> Reading:
-    """Judge a picture `(H, W, 3)` uint8."""
+def read_picture(picture: NDArray[np.uint8], colors: NDArray[np.int16] = COLORS) -> Reading:
+    """Judge a picture `(H, W, 3)` uint8. `colors`: the levels of the palette's names, in their order."""
     height, width = picture.shape[:2]
     levels = picture.astype(np.int16)
-    distance = np.stack([np.abs(levels - color).max(axis=-1) for color in COLORS])  # (colours, H, W)
+    distance = np.stack([np.abs(levels - color).max(axis=-1) for color in colors])  # (colours, H, W)
     nearest = distance.argmin(axis=0)
     ring = max(2, min(width, height) // 32)
     border = np.concatenate([nearest[:ring].ravel(), nearest[-ring:].ravel(),
@@ -75,12 +77,15 @@ def read_picture(picture: NDArray[np.uint8]) -> Reading:
     if counts[figure] < 0.004 * width * height:
         return Reading(None, "no figure")
     for name, index in (("background", ground), ("figure", figure)):
-        seen = np.median(levels[flat & (nearest == index)], axis=0)
-        if np.abs(seen - COLORS[index]).max() > FLAT_TOLERANCE:
+        where = flat & (nearest == index)
+        if not where.any():
+            return Reading(None, f"{name} is nowhere flat")
+        seen = np.median(levels[where], axis=0)
+        if np.abs(seen - colors[index]).max() > FLAT_TOLERANCE:
             return Reading(None, f"{name} colour {seen.astype(int).tolist()} is not {NAMES[index]}")
-    axis = (COLORS[figure] - COLORS[ground]).astype(np.float64)
-    along = (levels - COLORS[ground]) @ axis / (axis @ axis)  # 0 at the background's colour, 1 at the figure's
-    aside = np.abs(levels - COLORS[ground] - along[..., None] * axis).max(axis=-1)
+    axis = (colors[figure] - colors[ground]).astype(np.float64)
+    along = (levels - colors[ground]) @ axis / (axis @ axis)  # 0 at the background's colour, 1 at the figure's
+    aside = np.abs(levels - colors[ground] - along[..., None] * axis).max(axis=-1)
     mask = along > 0.5
     if (aside > 2 * FLAT_TOLERANCE).sum() > 0.1 * mask.sum():
         return Reading(None, "a third colour")
@@ -103,7 +108,7 @@ def _read_mask(mask: NDArray[np.bool_], color: str, ground: str) -> Reading:
     place = min(PLACES, key=lambda name: _far(PLACES[name], middle))
     if _far(PLACES[place], middle) > 0.09:
         return Reading(None, f"figure at {middle[0]:.2f}, {middle[1]:.2f} is in no named place")
-    likeness = {shape: _likeness(mask, shape) for shape in SHAPES}
+    likeness = {shape: _likeness(mask, shape) for shape in (*SHAPES, *MORE_SHAPES)}
     shape = max(likeness, key=lambda name: likeness[name])
     if likeness[shape] < 0.68:
         return Reading(None, f"no known shape (best {shape}, overlap {likeness[shape]:.2f})")
@@ -115,7 +120,8 @@ def _far(a: tuple[float, float], b: tuple[float, float]) -> float:
 
 
 AREAS = {"circle": np.pi, "square": 4.0, "triangle": 2.0, "ring": np.pi * (1 - RING_HOLE**2),
-         "star": 5 * STAR_INNER * np.sin(np.pi / 5)}      # of span 2
+         "star": 5 * STAR_INNER * np.sin(np.pi / 5),
+         "cross": 8 * CROSS_ARM - 4 * CROSS_ARM**2}      # of span 2
 
 
 def _likeness(mask: NDArray[np.bool_], shape: str) -> float:
@@ -133,9 +139,9 @@ def _likeness(mask: NDArray[np.bool_], shape: str) -> float:
     return float((mask & ideal).sum() / max(1, (mask | ideal).sum()))
 
 
-def matches(asked: Scene, picture: NDArray[np.uint8]) -> bool:
+def matches(asked: Scene, picture: NDArray[np.uint8], colors: NDArray[np.int16] = COLORS) -> bool:
     """True when the picture shows all that was asked; attributes that are None may be anything."""
-    seen = read_picture(picture).scene
+    seen = read_picture(picture, colors).scene
     return seen is not None and all(
         want is None or want == got for want, got in zip(
             (asked.size, asked.color, asked.shape, asked.place, asked.ground),
@@ -186,7 +192,7 @@ class Studio:
         encoded = [self.text.encode(prompt, t5_length=t5_length) for prompt in prompts]
         cond, pooled = (torch.cat(column) for column in zip(*encoded, strict=True))
         table = table_for(self.flux.spec)
-        denoiser = Denoiser(self.flux, [[cond, {"pooled_output": pooled, "guidance": guidance}]])
+        denoiser = Denoiser(self.flux, [[cond, {"pooled_output": pooled, "guidance": guidance}]], dtype=torch.float32)
         sigmas = make_sigmas("bfl", self.steps, table=table, image_seq_len=image_seq_len(height // 8, width // 8))
         latents = sample(denoiser, torch.zeros(len(prompts), 16, height // 8, width // 8), sigmas, seed=seed)
         return to_uint8(self.autoencoder.decode(latents))
@@ -223,10 +229,16 @@ def round_trip_psnr(autoencoder: Autoencoder, scenes: Sequence[Scene] = HELD_OUT
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", type=int, default=500)
+    parser.add_argument("--cases", type=int, help="prompts (default: 500; 100 with --formats)")
     parser.add_argument("--quick", action="store_true", help="only the default guidance, length and size")
+    parser.add_argument("--formats", nargs="*", metavar="TYPE",
+                        help="dev with its weights packed in these types (default: all), as a table")
     arguments = parser.parse_args()
-    cases = held_out_cases(arguments.cases)
+    if arguments.formats is not None:
+        from .formats import print_table
+        print_table(arguments.formats, held_out_cases(arguments.cases or 100))
+        return
+    cases = held_out_cases(arguments.cases or 500)
     dev, schnell = Studio("dev"), Studio("schnell")
     few = cases[:max(1, len(cases) // 5)]
     print(f"autoencoder, round trip of held-out scenes: {round_trip_psnr(dev.autoencoder):.1f} dB")
@@ -235,7 +247,7 @@ def main() -> None:
     print(f"schnell, 4 steps: {score(schnell, cases):.1%} of {len(cases)}", flush=True)
     if not arguments.quick:
         print(f"dev, T5 length 512: {score(dev, few, t5_length=512):.1%} of {len(few)}", flush=True)
-        for size in ((96, 96), (256, 128), (128, 192), (256, 256)):
+        for size in ((96, 96), (192, 128), (128, 192), (256, 128), (128, 256), (256, 256)):
             print(f"dev, {size[0]} x {size[1]}: {score(dev, few, size=size):.1%} of {len(few)}", flush=True)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, autocast
 
 from ..engine.models.autoencoder import Autoencoder
 from ..engine.specs import AutoencoderSpec
+from .data import SIZES, SQUARE
 from .pictures import PictureSource
 from .scenes import HELD_OUT_SCENES, render
 
@@ -37,11 +38,14 @@ class Phase:
     batch: int
     rate: float          # peak learning rate, one cycle
     decoder_only: bool = False
+    whole: float = 0.0   # share of batches of whole scenes, at all sizes the family paints, instead of crops
+    soft: bool = False   # latents less sharp than the encoder's, as samplers leave them
 
 
 PHASES = (
     Phase(steps=1300, size=64, batch=16, rate=1.5e-3),
     Phase(steps=1000, size=64, batch=16, rate=1e-3, decoder_only=True),
+    Phase(steps=900, size=64, batch=16, rate=8e-4, decoder_only=True, whole=0.6, soft=True),
 )
 
 
@@ -49,10 +53,17 @@ def scaled_latents(model: Autoencoder, x: Tensor) -> Tensor:
     return (model.encode(x) - model.spec.shift_factor) * model.spec.scale_factor
 
 
-def loss_of(model: Autoencoder, x: Tensor) -> Tensor:
+def softened(z: Tensor) -> Tensor:
+    """Latents with noise and blur of random strength, each item with its own."""
+    noise, blur = (torch.rand(len(z), 1, 1, 1) for _ in range(2))
+    blurred = torch.nn.functional.avg_pool2d(z, 3, stride=1, padding=1, count_include_pad=False)
+    return z.lerp(blurred, 0.4 * blur.square()) + 0.3 * noise.square() * torch.randn_like(z)
+
+
+def loss_of(model: Autoencoder, x: Tensor, soft: bool = False) -> Tensor:
     """Pixels, edges, and a pull of every latent channel towards mean 0 and variance 1."""
     z = scaled_latents(model, x).float()
-    noisy = z + LATENT_NOISE * torch.randn_like(z)
+    noisy = softened(z) if soft else z + LATENT_NOISE * torch.randn_like(z)
     y = model.decode(noisy / model.spec.scale_factor + model.spec.shift_factor)
     error = y.float() - x
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
@@ -66,6 +77,14 @@ def rate_at(phase: Phase, step: int) -> float:
     if step < warm:
         return phase.rate * (step + 1) / warm
     return phase.rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, phase.steps - warm))))
+
+
+def batch_of(phase: Phase, source: PictureSource) -> Tensor:
+    """`(B, 3, H, W)` in -1..1: crops, or whole scenes of one size in as many pixels."""
+    if source.random.random() >= phase.whole:
+        return source.batch(phase.batch, phase.size)
+    width, height = source.random.choice((SQUARE, *SIZES))
+    return source.scenes(max(1, phase.batch * phase.size**2 // (width * height)), width, height)
 
 
 @torch.no_grad()
@@ -115,9 +134,9 @@ def train(run: Path, seed: int, checkpoint_every: int = 100) -> None:
         for step in range(start, phase.steps):
             for group in optimizer.param_groups:
                 group["lr"] = rate_at(phase, step)
-            x = source.batch(phase.batch, phase.size).contiguous(memory_format=torch.channels_last)
+            x = batch_of(phase, source).contiguous(memory_format=torch.channels_last)
             with autocast("cpu", torch.bfloat16):  # faster where the CPU has it; weights and loss stay fp32
-                loss = loss_of(model, x)
+                loss = loss_of(model, x, phase.soft)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -53,7 +53,7 @@ class Recipe:
 RECIPES = {
     "dev": Recipe(DEV, steps=5700, batch=64, rate=2e-3, sizes_from=0.7, text_until=0.7),
     "dev-polish": Recipe(DEV, steps=12000, batch=64, rate=1.5e-3, sizes_from=0.0, text_until=0.65, size_share=0.5),
-    "dev-sizes": Recipe(DEV, steps=8000, batch=64, rate=1.2e-3, sizes_from=0.0, text_until=0.0, size_share=0.6),
+    "dev-sizes": Recipe(DEV, steps=6400, batch=64, rate=1.2e-3, sizes_from=0.0, text_until=0.0, size_share=0.6),
     "schnell": Recipe(SCHNELL, steps=1800, batch=64, rate=1e-3, sizes_from=0.0, text_until=0.0, size_share=0.35),
 }
 SCHNELL_TIMES = (1.0, 0.75, 0.5, 0.25)

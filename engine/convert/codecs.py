@@ -57,7 +57,8 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 def _fp8(weight: Tensor) -> Codec:
     """One scale a tensor, a number of bf16: hosts that multiply by it in bf16 do so without another rounding."""
-    least = weight.abs().max().float() / FP8_MAX
+    low, high = weight.aminmax()  # unlike abs, no second weight in memory
+    least = torch.maximum(-low, high).float() / FP8_MAX
     bits = least.view(torch.int32)
     scale = ((bits + 0xFFFF) & -0x10000).view(torch.float32)  # rounded up
     scale = torch.where(least > 0, scale, 1.0)
@@ -72,7 +73,8 @@ def _fp8(weight: Tensor) -> Codec:
 
 def _int8(weight: Tensor) -> Codec:
     """One scale a row."""
-    scales = (weight.abs().amax(1, keepdim=True).float() / INT8_MAX).clamp_(min=MIN_SCALE)
+    low, high = weight.aminmax(dim=1, keepdim=True)
+    scales = (torch.maximum(-low, high).float() / INT8_MAX).clamp_(min=MIN_SCALE)
 
     def encoded(tile: Tensor, rows: slice) -> Tensor:
         codes = (tile.float() / scales[rows].to(tile.device)).round_().clamp_(-INT8_MAX, INT8_MAX)

@@ -6,7 +6,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,12 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
+from ..adapters.bake import Baking
+from ..adapters.files import Summand
 from ..errors import BadInput, BadModelFile, FluxKitError, NotFinite
 from ..quant import FORMATS, MissingCodebook
 from ..weights import ROLE_NAMES, Checkpoint, Detection, Match, Part, build, choose, detect, match, open_checkpoint
-from ..weights.containers import GGUF_SUFFIX, SAFETENSORS_SUFFIXES, identity
+from ..weights.containers import GGUF_SUFFIX, MODEL_SUFFIXES, SAFETENSORS_SUFFIXES, identity
 from ..weights.header import show
 from ..weights.keymaps import Source, assemble
 from ..weights.load import refuse
@@ -31,7 +33,7 @@ from .writers import Layout, Planned, gguf_layout, safetensors_layout
 
 SUFFIXES = {GGUF: (GGUF_SUFFIX,), "safetensors": SAFETENSORS_SUFFIXES}
 TILE_WEIGHTS = {"cpu": 1 << 20}
-WIDE_TILE = 1 << 25
+WIDE_TILE = 1 << 23
 MARKER = "scaled_fp8"
 """The empty tensor by which ComfyUI knows a file of scaled fp8; its type is that of the weights."""
 
@@ -63,19 +65,24 @@ class _Job:
     items: tuple[Item, ...]
     layout: Layout
     device: torch.device
+    extra: bytes
+    """What follows the tensors: a SentencePiece model."""
+    baking: Baking
 
 
 def quantize(source: str | os.PathLike[str], destination: str | os.PathLike[str], type: str, *,
-             role: str | None = None, force: bool = False, tokenizer: str | None = None,
-             device: torch.device | str = "cpu", progress: Progress = _silent) -> Report:
+             role: str | None = None, force: bool = False, tokenizer_dirs: Sequence[str | os.PathLike[str]] = (),
+             device: torch.device | str = "cpu", loras: Sequence[Summand] = (), progress: Progress = _silent) -> Report:
     """Writes the transformer, T5 or CLIP-L of `source`, anything `load` takes, as a file of `type` (see `RECIPES`).
 
-    `role`: which part of an all-in-one file. `force`: whether `destination` may be there already. `tokenizer`: the text
-    of a tokenizer.json for the file; without, the tokenizer that `source` holds goes along. `device`: where it is
-    worked out. The file is complete when it appears; if anything fails, nothing is left behind.
+    `role`: which part of an all-in-one file. `force`: whether `destination` may be there already. The tokenizer of an
+    encoder goes along, from where `find_tokenizer` finds it, `tokenizer_dirs` included. `device`: where it is worked
+    out. `loras` are put into the weights before they are quantised; errors are told against the sum. The file is
+    complete when it appears; if anything fails, nothing is left behind.
 
-    Raises `BadInput` for a type, suffix or destination that cannot be, `BadModelFile` for a source that is damaged, of
-    another kind or changed meanwhile, `NotFinite` for NaN or infinity, `FluxKitError` for want of disk space.
+    Raises `BadInput` for a type, suffix or destination that cannot be or a LoRA that does not fit, `BadModelFile` for a
+    source that is damaged, of another kind or changed meanwhile, `NotFinite` for NaN or infinity, `FluxKitError` for
+    want of disk space.
     """
     target = Path(destination)
     recipe = _recipe(type)
@@ -85,13 +92,28 @@ def quantize(source: str | os.PathLike[str], destination: str | os.PathLike[str]
             raise BadInput(f"{target}: source and destination are the same file; give another destination",
                            file=target)
         part, notes = _part(checkpoint, detect(checkpoint), role)
-        job = _planned(checkpoint, part, recipe, tokenizer, torch.device(device))
+        words = tokens.find(checkpoint, part.role, tokenizer_dirs)
+        job = _planned(checkpoint, part, recipe, words, torch.device(device), loras)
         _check_space(target, job.layout.nbytes)
         with _complete_or_gone(target, recipe, force) as file:
             rows = _write(job, file, progress)
             _check_unchanged(checkpoint)
         before = sum(checkpoint[name].nbytes for name in part.names.values())
-    return Report(part.role, recipe.name, before, job.layout.nbytes, rows, notes)
+    return Report(part.role, recipe.name, before, job.layout.nbytes, rows, (*notes, *filter(None, [words.note])),
+                  job.baking.report)
+
+
+def role_of(source: str | os.PathLike[str], role: str | None = None) -> str:
+    """Which part of `source` would be quantised; raises as `quantize` does."""
+    with open_checkpoint(source) as checkpoint:
+        return _part(checkpoint, detect(checkpoint), role)[0].role
+
+
+def result_name(source: Path, type: str, name: str = "") -> str:
+    """`name`, or one made of the source's, with the ending of a file of `type` where it has none of a model."""
+    recipe = _recipe(type)
+    stem = name or f"{source.stem if source.is_file() else source.name}-{recipe.name}"
+    return stem if stem.lower().endswith(MODEL_SUFFIXES) else stem + SUFFIXES[recipe.container][0]
 
 
 def _recipe(type: str) -> Recipe:
@@ -113,8 +135,8 @@ def _check_target(target: Path, recipe: Recipe, force: bool) -> None:
     if not target.parent.is_dir():
         raise BadInput(f"{target}: there is no folder {target.parent}; make it, or name another", file=target)
     if target.exists() and not force:
-        raise BadInput(f"{target}: there is such a file already; remove it, name another, or overwrite it with --force",
-                       file=target)
+        raise BadInput(f"{target}: there is such a file already; remove it, name another, or allow to overwrite it "
+                       "(overwrite, --force)", file=target)
 
 
 def _part(checkpoint: Checkpoint, detection: Detection, role: str | None) -> tuple[Part, tuple[str, ...]]:
@@ -124,7 +146,7 @@ def _part(checkpoint: Checkpoint, detection: Detection, role: str | None) -> tup
     here = [name for name in ROLES if name in detection.parts and not detection.parts[name].foreign]
     if role is None and len(here) > 1:
         raise BadModelFile(checkpoint.path, f"this is {detection.family}", expected="one of its parts",
-                           found=", ".join(here), advice=f"Choose one with --part, for example --part {here[0]}")
+                           found=", ".join(here), advice=f"Choose the part, for example {here[0]} (part, --part)")
     if role is None and not here:
         raise BadModelFile(checkpoint.path, f"this is {detection.family}, which is not quantised here",
                            expected=" or ".join(ROLE_NAMES[name] for name in ROLES), found=detection.role)
@@ -137,28 +159,28 @@ def _part(checkpoint: Checkpoint, detection: Detection, role: str | None) -> tup
     return part, notes
 
 
-def _planned(checkpoint: Checkpoint, part: Part, recipe: Recipe, tokenizer: str | None,
-             device: torch.device) -> _Job:
+def _planned(checkpoint: Checkpoint, part: Part, recipe: Recipe, words: tokens.Words, device: torch.device,
+             loras: Sequence[Summand]) -> _Job:
     model = build(part)
     found = match(checkpoint, part, model)
     refuse(checkpoint, part, found)
     items = tuple(_items(checkpoint, part, recipe, model, found))
     planned = [tensor for item in items for tensor in (item.planned, *item.beside)]
-    about = tokens.from_source(checkpoint, part.role) if part.role != "transformer" else {}
-    if tokenizer is None:
-        text = about.pop(tokens.JSON_KEY, None)
-        tokenizer = text if isinstance(text, str) else None
-    rows = model.state_dict()["shared.weight"].shape[0] if part.role == "t5" else 0
+    extra = b""
     if recipe.container == GGUF:
-        if tokenizer is not None:
-            about |= tokens.from_json(tokenizer, rows, checkpoint.path)
+        rows = model.state_dict()["shared.weight"].shape[0] if part.role == "t5" else 0
+        about = tokens.for_gguf(checkpoint, part.role, words, rows)
         layout = gguf_layout(planned, {**description(recipe, part.role, part.spec), **about})
     else:
         if recipe.base == "F8_E4M3":
             planned.insert(0, Planned(MARKER, (0,), recipe.base))
-        layout = safetensors_layout(planned, {} if tokenizer is None else {tokens.JSON_KEY: tokenizer})
+        if words.pieces is not None:
+            extra = tokens.spiece(words.pieces)
+            planned.append(Planned(tokens.SPIECE_TENSOR, (len(extra),), "U8"))
+        layout = safetensors_layout(planned, {} if words.text is None else {tokens.JSON_KEY: words.text})
     stored = Stored({name: checkpoint[full] for name, full in part.names.items()}, torch.float32)
-    return _Job(checkpoint, part, recipe, stored, items, layout, device)
+    baking = Baking(loras, part.role, {item.name: item.shape for item in items})
+    return _Job(checkpoint, part, recipe, stored, items, layout, device, extra, baking)
 
 
 def _items(checkpoint: Checkpoint, part: Part, recipe: Recipe, model: nn.Module, found: Match) -> Iterator[Item]:
@@ -227,6 +249,7 @@ def _write(job: _Job, file: BinaryIO, progress: Progress) -> tuple[Row, ...]:
             done += weights
         nbytes = item.planned.nbytes + sum(tensor.nbytes for tensor in item.beside)
         rows.append(Row(item.name, item.planned.format, math.prod(item.shape), nbytes, deviation))
+    file.write(job.extra)
     progress(total, total, "")
     return tuple(rows)
 
@@ -243,7 +266,8 @@ def _data(job: _Job, item: Item, deviation: Deviation) -> Iterator[tuple[Tensor,
         for rows in tiles:
             yield _copied(job, item, packed[rows], deviation), (rows.stop - rows.start) * width
     else:
-        weight = assemble(item.source, item.shape, job.stored.numbers, dtype=torch.float32).view(count, width)
+        weight = assemble(item.source, item.shape, job.stored.numbers, dtype=torch.float32)
+        weight = (job.baking.changed(item.name, weight) if job.baking.changes(item.name) else weight).view(count, width)
         coded = _codec(job, item, weight)
         for rows in tiles:
             data = _encoded(job, item, weight[rows].to(job.device), rows, coded, deviation)
@@ -264,7 +288,7 @@ def _same(job: _Job, item: Item) -> Tensor | None:
     format = job.stored.format_of(item.source)
     if format is None or format.name != item.planned.format or item.beside or len(item.shape) != 2:
         return None
-    if job.stored.scales_of(item.source) is not None:
+    if job.stored.scales_of(item.source) is not None or job.baking.changes(item.name):
         return None
     return assemble(item.source, (item.shape[0], format.row_bytes(item.shape[1])), job.stored.rows)
 
@@ -278,7 +302,7 @@ def _copied(job: _Job, item: Item, packed: Tensor, deviation: Deviation) -> Tens
 
 
 def _codec(job: _Job, item: Item, weight: Tensor) -> Codec:
-    if item.beside and not bool(weight.isfinite().all()):  # before scales are made of it
+    if item.beside and not bool(torch.stack(weight.aminmax()).isfinite().all()):  # before scales are made of it
         raise _not_finite(job, item)
     return codec(item.planned.format, weight)
 

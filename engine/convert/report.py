@@ -6,11 +6,15 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
+from ..adapters.bake import Baked
+
 _BLOCK = re.compile(r"((?:^|\.)(?:double_blocks|single_blocks|block|layers)\.)\d+\.")
 WORST = 10
+SHOWN_WORST = 5
 
 
 @dataclass
@@ -62,6 +66,7 @@ class Report:
     bytes_after: int
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
+    loras: tuple[Baked, ...] = ()
 
     @property
     def types(self) -> dict[str, int]:
@@ -89,3 +94,18 @@ class Report:
 
 def _joined(rows: tuple[Row, ...] | list[Row]) -> Deviation:
     return Deviation(sum(row.deviation.difference for row in rows), sum(row.deviation.total for row in rows))
+
+
+def lines_of(made: Report, path: Path) -> list[str]:
+    """The report for people, without its notes; `path`: the file that was made."""
+    types = ", ".join(f"{count} {type}" for type, count in made.types.items())
+    lines = [f"{path}: {made.role} as {made.type}, {made.bytes_before / 1e6:.1f} -> {made.bytes_after / 1e6:.1f} MB "
+             f"({100 * made.bytes_after / max(made.bytes_before, 1):.0f} %); tensors: {types}",
+             *(f"  {lora.line()}" for lora in made.loras),
+             f"  relative error {made.relative_error:.3%}; by kind of layer:"]
+    lines += [f"  {row.relative_error:8.3%}  {row.name}  {'/'.join(row.types)}"
+              for row in sorted(made.classes, key=lambda row: -row.relative_error) if row.relative_error > 0]
+    if made.worst:
+        lines.append("  farthest from the original:")
+        lines += [f"  {row.deviation.relative:8.3%}  {row.name}  {row.type}" for row in made.worst[:SHOWN_WORST]]
+    return lines

@@ -16,6 +16,7 @@ from .layers import (
     SingleStreamBlock,
     timestep_embedding,
 )
+from .modulation import ModulationTable, informed
 from .ops import PLAIN, Ops
 
 
@@ -44,6 +45,7 @@ class Flux(nn.Module):
             raise ValueError(f"rope axes {spec.axes_dim} must add up to the head width {spec.head_dim}")
         self.spec = spec
         self._table: tuple[Tensor, Tensor, Tensor] | None = None
+        self.modulations: ModulationTable | None = None
         self.pe_embedder = EmbedND(spec.head_dim, spec.theta, spec.axes_dim)
         self.img_in = ops.Linear(spec.in_channels, spec.hidden_size)
         self.time_in = MLPEmbedder(spec.frequency_dim, spec.hidden_size, ops)
@@ -72,23 +74,27 @@ class Flux(nn.Module):
         """BFL's forward by its public name, which other packs replace as a whole."""
         dtype = img.dtype
         img = self.img_in(img)
-        vec = self.vec(timesteps, y, guidance, dtype)
+        table = self.modulations
+        entry = None if table is None else table.at(self, (timesteps, y, guidance), dtype)
+        vec = self.vec(timesteps, y, guidance, dtype) if entry is None else entry.vec
         txt = self.txt_in(txt)
         if hooks is not None:
             img, txt, img_ids, txt_ids = hooks.before(img, txt, img_ids, txt_ids)
         pe = self.positions(txt_ids, img_ids)
         for i, block in enumerate(self.double_blocks):
+            block = informed(block, entry)
             if hooks is None:
                 img, txt = block(img=img, txt=txt, vec=vec, pe=pe, attn_mask=attn_mask)
             else:
                 img, txt = hooks.double(i, block, img, txt, vec, pe, attn_mask)
         x = torch.cat((txt, img), dim=1)
         for i, block in enumerate(self.single_blocks):
+            block = informed(block, entry)
             if hooks is None:
                 x = block(x, vec=vec, pe=pe, attn_mask=attn_mask)
             else:
                 x = hooks.single(i, block, x, txt.shape[1], vec, pe, attn_mask)
-        out: Tensor = self.final_layer(x[:, txt.shape[1]:], vec)
+        out: Tensor = informed(self.final_layer, entry)(x[:, txt.shape[1]:], vec)
         return out
 
     def positions(self, txt_ids: Tensor, img_ids: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Shapes: `img` `(B, L_img, hidden)`, `txt` `(B, L_txt, hidden)`, `vec` `(B, hidden)`, `pe` `(B, 1, L, D/2, 2, 2)` fp32
 with text first. Blocks run from (img, txt, vec, pe) alone, since other packs call them so; `transformer_options` goes
-to a host's attention and is read nowhere else.
+to a host's attention, and may bring what `Modulation` would compute (`engine.models.modulation`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ from .attention import rope
 from .ops import Ops
 
 Options = dict[str, Any] | None
+ROWS = "flux_kit_modulations"
+"""The key in `transformer_options` of a block's `BlockRows`."""
+BlockRows = tuple[Tensor, tuple[tuple[Tensor, Tensor | None], ...]]
+"""The `vec` that rows were made from; for each modulating layer of the block its weight and its output for that vec,
+`(B, out_features)`."""
 
 
 class EmbedND(nn.Module):
@@ -107,8 +112,30 @@ class Modulation(nn.Module):
         self.lin = ops.Linear(dim, self.multiplier * dim)
 
     def forward(self, vec: Tensor) -> tuple[ModulationOut, ModulationOut | None]:
-        parts = self.lin(F.silu(vec))[:, None, :].chunk(self.multiplier, dim=-1)
+        return self.parts(self.lin(F.silu(vec)))
+
+    def parts(self, row: Tensor) -> tuple[ModulationOut, ModulationOut | None]:
+        """Cuts what `lin` gives, `(B, multiplier * hidden)`."""
+        parts = row[:, None, :].chunk(self.multiplier, dim=-1)
         return ModulationOut(*parts[:3]), ModulationOut(*parts[3:]) if self.is_double else None
+
+
+def row_of(options: Options, vec: Tensor, index: int, layer: Any) -> Tensor | None:
+    """The output of a block's modulating layer from its options, if it was made from this very vec and weight.
+
+    Told by identity, which makes neither a device wait nor a compiled block compile again.
+    """
+    rows: BlockRows | None = None if options is None else options.get(ROWS)
+    if rows is None or rows[0] is not vec or index >= len(rows[1]):
+        return None
+    weight, row = rows[1][index]
+    return row if weight is layer.weight else None
+
+
+def modulation(module: Any, vec: Tensor, options: Options, index: int) -> Any:
+    """`module(vec)` of a `Modulation`, or the same from the row that the options bring."""
+    row = row_of(options, vec, index, module.lin) if isinstance(module, Modulation) else None
+    return module(vec) if row is None else module.parts(row)
 
 
 def modulate(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -145,8 +172,8 @@ class DoubleStreamBlock(nn.Module):
 
     def forward(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, attn_mask: Tensor | None = None,
                 transformer_options: Options = None) -> tuple[Tensor, Tensor]:
-        img_mod1, img_mod2 = self.img_mod(vec)
-        txt_mod1, txt_mod2 = self.txt_mod(vec)
+        img_mod1, img_mod2 = modulation(self.img_mod, vec, transformer_options, 0)
+        txt_mod1, txt_mod2 = modulation(self.txt_mod, vec, transformer_options, 1)
         img_q, img_k, img_v = self.img_attn.heads(modulate(self.img_norm1, img, img_mod1.shift, img_mod1.scale))
         txt_q, txt_k, txt_v = self.txt_attn.heads(modulate(self.txt_norm1, txt, txt_mod1.shift, txt_mod1.scale))
         q, k, v = (torch.cat(pair, dim=2) for pair in ((txt_q, img_q), (txt_k, img_k), (txt_v, img_v)))
@@ -180,7 +207,7 @@ class SingleStreamBlock(nn.Module):
 
     def forward(self, x: Tensor, vec: Tensor, pe: Tensor, attn_mask: Tensor | None = None,
                 transformer_options: Options = None) -> Tensor:
-        mod, _ = self.modulation(vec)
+        mod, _ = modulation(self.modulation, vec, transformer_options, 0)
         fused = self.linear1(modulate(self.pre_norm, x, mod.shift, mod.scale))  # (B, L, 3 hidden + mlp)
         qkv, mlp = fused.split([3 * self.hidden_size, self.mlp_hidden_dim], dim=-1)
         q, k, v = split_heads(qkv, self.num_heads)
@@ -209,7 +236,9 @@ class LastLayer(nn.Module):
         self.linear = ops.Linear(dim, spec.out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), ops.Linear(dim, 2 * dim))
 
-    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)
+    def forward(self, x: Tensor, vec: Tensor, *, transformer_options: Options = None) -> Tensor:
+        row = None if transformer_options is None else row_of(transformer_options, vec, 0, self.adaLN_modulation[-1])
+        row = self.adaLN_modulation(vec) if row is None else row
+        shift, scale = row[:, None, :].chunk(2, dim=-1)
         out: Tensor = self.linear(modulate(self.norm_final, x, shift, scale))
         return out

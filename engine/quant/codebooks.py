@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FluxKitError
-from .ggml import QK_K, half, looked_up, planes, scaled
+from .ggml import QK_K, by_byte, half, looked_up, nibbles, scaled
 
 DELTA = 0.125
 """By this much all weights of a group of IQ1 are shifted, up or down."""
@@ -127,38 +127,51 @@ def iq3_s(blocks: Tensor) -> Tensor:
     return _from_grid("IQ3_S", blocks[:, 2:66] | (high << 8), signs, scale)
 
 
-def _from_shifted_grid(name: str, index: Tensor, is_down: Tensor, scale: Tensor) -> Tensor:
-    """Entries of eight, shifted by DELTA, times scales."""
-    values = looked_up(_book(name, "grid", index.device), index)
-    delta = DELTA - 2 * DELTA * is_down.float()
-    values = values.view(*delta.shape, -1).add_(delta[..., None])
-    return scaled(values.view(index.shape[0], -1), scale)
+@lru_cache(maxsize=16)
+def _shifted_grid(name: str, device: torch.device) -> Tensor:
+    """The codebook shifted up, and below it shifted down, `(2 * 2048, 8)`."""
+    grid = _book(name, "grid", device)
+    return torch.cat([grid + DELTA, grid - DELTA])
+
+
+def _from_shifted_grid(name: str, blocks: Tensor, tops: Tensor, scale: Tensor) -> Tensor:
+    """Entries of eight times scales. An index is a byte of `blocks`, three bits above it, and one that says which way
+    the group is shifted: these four are `tops`."""
+    values = looked_up(_shifted_grid(name, blocks.device), blocks | (tops << 8))
+    return scaled(values.view(blocks.shape[0], -1), scale)
 
 
 def iq1_s(blocks: Tensor) -> Tensor:
     words = _uint16(blocks, 34, 50)
-    high = (_shifted(words, 3, 4) & 7).view(-1, 32)
+    tops = (_shifted(words, 3, 4) & 7) | ((words >> 12) & 8)[..., None]
     scale = half(blocks, 0) * (2 * ((words >> 12) & 7) + 1)
-    return _from_shifted_grid("IQ1_S", blocks[:, 2:34] | (high << 8), words >> 15, scale)
+    return _from_shifted_grid("IQ1_S", blocks[:, 2:34], tops.view(-1, 32), scale)
+
+
+def iq1_m_scale(blocks: Tensor) -> Tensor:
+    bits = (_uint16(blocks, 48, 56) >> 12) << torch.arange(0, 16, 4, device=blocks.device, dtype=torch.int32)
+    return bits.sum(1, keepdim=True).short().view(torch.float16).float()
 
 
 def iq1_m(blocks: Tensor) -> Tensor:
     """The fp16 scale lies in the upper four bits of four words, which hold the scales of the groups below them."""
     words = _uint16(blocks, 48, 56)
-    bits = (words >> 12) << torch.arange(0, 16, 4, device=blocks.device, dtype=torch.int32)
-    whole = bits.sum(1, keepdim=True).short().view(torch.float16).float()
-    scale = whole * (2 * (_shifted(words, 3, 4) & 7).view(-1, 16) + 1)
-    tops = _levels(blocks, 32, 48)
-    return _from_shifted_grid("IQ1_M", blocks[:, :32] | ((tops & 7).int() << 8), tops >> 3, scale)
+    scale = iq1_m_scale(blocks) * (2 * (_shifted(words, 3, 4) & 7).view(-1, 16) + 1)
+    return _from_shifted_grid("IQ1_M", blocks[:, :32], _levels(blocks, 32, 48).int(), scale)
+
+
+@lru_cache(maxsize=16)
+def _iq4_values(device: torch.device) -> tuple[Tensor, Tensor]:
+    return by_byte(_book("IQ4_NL", "kvalues", device))
 
 
 def iq4_nl(blocks: Tensor) -> Tensor:
-    codes = planes(blocks[:, 2:].contiguous(), 4).view(-1, 32)
-    return looked_up(_book("IQ4_NL", "kvalues", blocks.device), codes).mul_(half(blocks, 0))
+    values = nibbles(_iq4_values(blocks.device), blocks[:, 2:]).view(-1, 32)
+    return values.mul_(half(blocks, 0))
 
 
 def iq4_xs(blocks: Tensor) -> Tensor:
     high = (_shifted(_uint16(blocks, 2, 4), 2, 8) & 3).view(-1, 8)
     scale = half(blocks, 0) * ((_levels(blocks, 4, 8) | (high << 4)) - 32)
-    codes = planes(blocks[:, 8:].reshape(-1, 16), 4).view(-1, QK_K)
-    return scaled(looked_up(_book("IQ4_NL", "kvalues", blocks.device), codes), scale)
+    values = nibbles(_iq4_values(blocks.device), blocks[:, 8:].reshape(-1, 16)).view(-1, QK_K)
+    return scaled(values, scale)

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from . import codebooks, fourbit, ggml
+from . import codebooks, comfy, floats, fourbit, ggml
 
 TILE_WEIGHTS = {"cpu": 1 << 19}
 """Weights unpacked at once, by kind of device. On a CPU the temporaries of a tile stay in its cache."""
@@ -24,7 +23,8 @@ class QuantFormat:
     """`block` weights in `nbytes` bytes, named as containers name it.
 
     `unpack`: blocks `(n, nbytes)` uint8, contiguous -> values `(n, block)` fp32. `halves`: offsets in a block of its
-    fp16 scales, `singles` of those in fp32. `codebook`: whether the `gguf` package is needed.
+    fp16 scales, `singles` of those in fp32; `scales` gives scales of another kind, blocks -> fp32. `codebook`: whether
+    the `gguf` package is needed.
     """
 
     name: str
@@ -34,6 +34,7 @@ class QuantFormat:
     halves: tuple[int, ...] = field(default=(), repr=False)
     codebook: bool = False
     singles: tuple[int, ...] = field(default=(), repr=False)
+    scales: Callable[[Tensor], Tensor] | None = field(default=None, repr=False, compare=False)
 
     def row_bytes(self, width: int) -> int:
         """Bytes of a row of `width` weights; ValueError unless `width` is a multiple of the block."""
@@ -51,8 +52,9 @@ class QuantFormat:
                    out: Tensor | None = None) -> Tensor:
         """Packed rows `(..., row_bytes)` uint8 -> `(..., width)` in `dtype`, a tile of rows at a time.
 
-        The numbers are worked out in fp32 and rounded once. `scale`: fp32, of shape `()` or one per row `(rows, 1)`,
-        multiplied in before that. `out`: where to put them, of the result's shape, contiguous.
+        The numbers are worked out in fp32 and rounded once. `scale`: fp32, of shape `()`, one per row `(rows, 1)` or
+        one per column `(1, width)`, multiplied in before that. `out`: where to put them, of the result's shape,
+        contiguous.
         """
         width = self.width(packed.shape[-1])
         rows = packed.reshape(-1, packed.shape[-1])
@@ -64,7 +66,7 @@ class QuantFormat:
             tile = slice(first, first + step)
             values = self.unpack(rows[tile].reshape(-1, self.nbytes)).view(-1, width)
             if scale is not None:
-                values = values * (scale[tile] if scale.ndim else scale)
+                values = values * rows_of(scale, tile)
             into[tile] = values
         return out
 
@@ -72,7 +74,8 @@ class QuantFormat:
         """Whether every scale named in `packed`, whole blocks of uint8 in any shape, is a finite number."""
         blocks = packed.reshape(-1, self.nbytes)
         return (all(bool(((blocks.view(torch.int16)[:, at // 2] & 0x7C00) != 0x7C00).all()) for at in self.halves)
-                and all(bool(blocks.view(torch.float32)[:, at // 4].isfinite().all()) for at in self.singles))
+                and all(bool(blocks.view(torch.float32)[:, at // 4].isfinite().all()) for at in self.singles)
+                and (self.scales is None or bool(self.scales(blocks).isfinite().all())))
 
     def require(self) -> None:
         """Raises `MissingCodebook` unless this type can be unpacked here."""
@@ -80,30 +83,13 @@ class QuantFormat:
             codebooks.require(self.name)
 
 
+def rows_of(scale: Tensor, rows: slice | Tensor) -> Tensor:
+    """The part of `scale` (see `dequantize`) that these rows are multiplied by."""
+    return scale[rows] if scale.ndim and scale.shape[0] > 1 else scale
+
+
 def _viewed(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     return lambda blocks: blocks.view(dtype).float()
-
-
-def e5m2(blocks: Tensor) -> Tensor:
-    """An fp16 number without its lower eight bits."""
-    return (blocks.short() << 8).view(torch.float16).float()
-
-
-def e4m3fn(blocks: Tensor) -> Tensor:
-    """Sign, four bits of exponent (bias 7), three of mantissa; no infinity, all ones is NaN (arXiv 2209.05433).
-
-    By a table of all 256 codes: faster than torch's cast on a CPU, and right where the device has no fp8 at all.
-    """
-    return ggml.looked_up(_e4m3fn_table(blocks.device), blocks)
-
-
-@lru_cache(maxsize=16)
-def _e4m3fn_table(device: torch.device) -> Tensor:
-    code = torch.arange(256, device=device, dtype=torch.int32)
-    # the bits of an fp16 number 2^8 too small: its exponent has one bit more and a bias of 15
-    bits = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
-    values = bits.short().view(torch.float16).float() * 256
-    return values.masked_fill((code & 0x7F) == 0x7F, float("nan"))
 
 
 K = ggml.QK_K
@@ -111,8 +97,8 @@ _ROWS: tuple[QuantFormat, ...] = (
     QuantFormat("F32", 1, 4, _viewed(torch.float32)),
     QuantFormat("F16", 1, 2, _viewed(torch.float16)),
     QuantFormat("BF16", 1, 2, _viewed(torch.bfloat16)),
-    QuantFormat("F8_E4M3", 1, 1, e4m3fn),
-    QuantFormat("F8_E5M2", 1, 1, e5m2),
+    QuantFormat("F8_E4M3", 1, 1, floats.e4m3fn),
+    QuantFormat("F8_E5M2", 1, 1, floats.e5m2),
     QuantFormat("Q4_0", 32, 2 + 16, ggml.q4_0, (0,)),
     QuantFormat("Q4_1", 32, 2 + 2 + 16, ggml.q4_1, (0, 2)),
     QuantFormat("Q5_0", 32, 2 + 4 + 16, ggml.q5_0, (0,)),
@@ -123,13 +109,14 @@ _ROWS: tuple[QuantFormat, ...] = (
     QuantFormat("Q4_K", K, 2 + 2 + 12 + K // 2, ggml.q4_k, (0, 2)),
     QuantFormat("Q5_K", K, 2 + 2 + 12 + K // 8 + K // 2, ggml.q5_k, (0, 2)),
     QuantFormat("Q6_K", K, K // 2 + K // 4 + K // 16 + 2, ggml.q6_k, (208,)),
-    QuantFormat("Q8_K", K, 4 + K + K // 8, ggml.q8_k),
+    QuantFormat("Q8_K", K, 4 + K + K // 8, ggml.q8_k, singles=(0,)),
     QuantFormat("TQ1_0", K, 48 + 4 + 2, ggml.tq1_0, (52,)),
     QuantFormat("TQ2_0", K, K // 4 + 2, ggml.tq2_0, (64,)),
-    QuantFormat("MXFP4", 32, 1 + 16, ggml.mxfp4),
+    QuantFormat("MXFP4", 32, 1 + 16, ggml.mxfp4, scales=lambda blocks: floats.e8m0(blocks[:, 0])),
     QuantFormat("NVFP4", 64, 4 + 32, ggml.nvfp4),
     QuantFormat("IQ1_S", K, 2 + K // 8 + K // 16, codebooks.iq1_s, (0,), codebook=True),
-    QuantFormat("IQ1_M", K, K // 8 + K // 16 + K // 32, codebooks.iq1_m, codebook=True),
+    QuantFormat("IQ1_M", K, K // 8 + K // 16 + K // 32, codebooks.iq1_m, codebook=True,
+                scales=codebooks.iq1_m_scale),
     QuantFormat("IQ2_XXS", K, 2 + K // 4, codebooks.iq2_xxs, (0,), codebook=True),
     QuantFormat("IQ2_XS", K, 2 + K // 4 + K // 32, codebooks.iq2_xs, (0,), codebook=True),
     QuantFormat("IQ2_S", K, 2 + K // 4 + K // 16, codebooks.iq2_s, (0,), codebook=True),
@@ -139,5 +126,11 @@ _ROWS: tuple[QuantFormat, ...] = (
     QuantFormat("IQ4_XS", K, 2 + 2 + K // 64 + K // 2, codebooks.iq4_xs, (0,), codebook=True),
     *(QuantFormat(fourbit.format_name(kind, block), block, fourbit.SCALE_BYTES + block // 2, fourbit.unpacker(kind),
                   singles=(0,)) for kind in fourbit.VALUES for block in fourbit.BLOCKS),
+    QuantFormat("INT8", 1, 1, comfy.int8),
+    *(QuantFormat(comfy.rotated_name(group), group, group, comfy.int8_rotated(group)) for group in comfy.ROTATED),
+    QuantFormat("MXFP8", comfy.MXFP8_BLOCK, 1 + comfy.MXFP8_BLOCK, comfy.mxfp8,
+                scales=lambda blocks: floats.e8m0(blocks[:, 0])),
+    QuantFormat("NVFP4_16", comfy.NVFP4_BLOCK, 1 + comfy.NVFP4_BLOCK // 2, comfy.nvfp4,
+                scales=lambda blocks: floats.e4m3fn(blocks[:, 0])),
 )
 FORMATS: Mapping[str, QuantFormat] = {row.name: row for row in _ROWS}

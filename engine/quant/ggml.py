@@ -37,13 +37,27 @@ def signed(codes: Tensor, offset: int) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _e2m1(device: torch.device) -> Tensor:
-    return torch.tensor(E2M1_DOUBLED, dtype=torch.float32, device=device)
+def _e2m1(device: torch.device) -> tuple[Tensor, Tensor]:
+    return by_byte(torch.tensor(E2M1_DOUBLED, dtype=torch.float32, device=device))
 
 
 def looked_up(values: Tensor, codes: Tensor) -> Tensor:
     """Rows of `values` by code; one byte or two, the result has `codes`' shape and the rows' below it."""
     return values.index_select(0, codes.reshape(-1).int()).view(*codes.shape, *values.shape[1:])
+
+
+def by_byte(values: Tensor) -> tuple[Tensor, Tensor]:
+    """A table of 16 as two of 256: by the lower four bits of a byte, and by the upper ones."""
+    return values.repeat(16), values.repeat_interleave(16)
+
+
+def nibbles(tables: tuple[Tensor, Tensor], codes: Tensor) -> Tensor:
+    """Codes `(n, m)` of four bits -> values `(n, 2, m)` of tables by `by_byte`: the lower four bits of all bytes first.
+
+    Faster than to take the bits apart: a byte is widened to an index once, not twice.
+    """
+    index = codes.reshape(-1).int()
+    return torch.stack([table.index_select(0, index).view(codes.shape) for table in tables], 1)
 
 
 def scaled(codes: Tensor, scale: Tensor) -> Tensor:
@@ -156,8 +170,8 @@ def mxfp4(blocks: Tensor) -> Tensor:
     exponent = blocks[:, :1].int()
     # half of 2^(e - 127): below 2 it is no normal number any more
     bits = torch.where(exponent < 2, 0x00200000 << exponent, (exponent - 1) << 23)
-    codes = planes(blocks[:, 1:].contiguous(), 4).view(-1, 32)
-    return looked_up(_e2m1(blocks.device), codes).mul_(bits.view(torch.float32))
+    values = nibbles(_e2m1(blocks.device), blocks[:, 1:]).view(-1, 32)
+    return values.mul_(bits.view(torch.float32))
 
 
 @lru_cache(maxsize=16)
@@ -171,5 +185,5 @@ def _halved_e4m3(device: torch.device) -> Tensor:
 
 def nvfp4(blocks: Tensor) -> Tensor:
     """Four scales, each for 16 weights; within these the lower four bits of eight bytes come first."""
-    codes = planes(blocks[:, 4:].reshape(-1, 8), 4).view(-1, 64)
-    return scaled(looked_up(_e2m1(blocks.device), codes), looked_up(_halved_e4m3(blocks.device), blocks[:, :4]))
+    values = nibbles(_e2m1(blocks.device), blocks[:, 4:].reshape(-1, 8)).view(-1, 64)
+    return scaled(values, looked_up(_halved_e4m3(blocks.device), blocks[:, :4]))

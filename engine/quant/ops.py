@@ -14,15 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .formats import QuantFormat
+from ..errors import NotFinite
+from .formats import QuantFormat, rows_of
 
 LINEAR_TILE_WEIGHTS = 1 << 21
 """Weights of a CPU's product at once: enough rows for its full speed, few enough for the cache. Other devices: all."""
 SCALE = "scale_weight"
 
 
+class Cache(Protocol):
+    """Where a layer may find its weight unpacked (`cache.UnpackedCache`)."""
+
+    def weight(self, layer: Any, dtype: torch.dtype) -> Tensor | None: ...
+
+
 class _Packed(nn.Module):
-    """What both layers share. `scale_weight`, if the file has scales, is fp32, `()` or one per row `(rows, 1)`."""
+    """What both layers share. `scale_weight`, if the file has scales, is fp32 and as in `QuantFormat.dequantize`."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -32,14 +39,35 @@ class _Packed(nn.Module):
                  device: torch.device | str | None) -> None:
         super().__init__()
         self.format = format
+        self.doubt: tuple[str, str | None] | None = None
+        """Message and file of the error to raise if a scale turns out to be no finite number; None once that is known
+        not to be so."""
+        self.cache: Cache | None = None
         self.register_parameter("weight", _fixed((rows, format.row_bytes(width)), torch.uint8, device))
         self.register_parameter(SCALE, None if scale is None else _fixed(scale, torch.float32, device))
 
     def unpacked(self, rows: slice | Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """These rows of the weight, `(rows, width)` in `dtype`; `out` as in `QuantFormat.dequantize`."""
-        scale = self.scale_weight
-        return self.format.dequantize(self.weight[rows], dtype, out=out,
-                                      scale=scale if scale is None or scale.ndim == 0 else scale[rows])
+        """These rows of the weight, `(rows, width)` in `dtype`; `out`: where they may be put."""
+        whole = None if self.cache is None else self.cache.weight(self, dtype)
+        return self.unpack(rows, dtype, out) if whole is None else whole[rows]
+
+    def unpack(self, rows: slice | Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """`unpacked`, anew; `out` as in `QuantFormat.dequantize`."""
+        scale, packed = self.scale_weight, self.weight[rows]
+        if self.doubt is not None:
+            self.check(packed if isinstance(rows, Tensor) else self.weight, whole=isinstance(rows, slice))
+        return self.format.dequantize(packed, dtype, out=out,
+                                      scale=None if scale is None else rows_of(scale, rows))
+
+    def check(self, packed: Tensor, whole: bool = True) -> None:
+        """Raises `NotFinite` if a scale in `packed`, all or part of the bytes, is NaN or infinite. Looks until it has
+        seen the whole weight once."""
+        if self.doubt is not None and not packed.is_meta:
+            if not self.format.is_finite(packed):
+                message, file = self.doubt
+                raise NotFinite(message, file=file)
+            if whole:
+                self.doubt = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves, and casts all but the scales: half a scale's digits would be an error of every weight."""

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput, NotFinite
+from ..models.modulation import Inputs as Modulating
+from ..models.modulation import ModulationTable, note
 from ..specs import DEFAULT_GUIDANCE, FluxSpec
 from .latents import image_ids, patchify, text_ids, unpatchify
 from .masks import AttentionMask, read_mask
@@ -174,6 +176,24 @@ class Denoiser:
             denoised = unguided + (denoised - unguided) * self.cfg
         return denoised
 
+    def prepare(self, x: Tensor, sigmas: Tensor) -> None:
+        """Fills the transformer's table of modulations, if it has one, for a run on latents like x over these sigmas.
+
+        Not needed, since a step fills in what it misses; but so each modulating layer comes to the device once.
+        """
+        table: ModulationTable | None = getattr(self.flux, "modulations", None)
+        if table is None:
+            return
+        found: list[Modulating] = []
+        for level in sigmas[:-1].tolist():
+            sigma = torch.full((x.shape[0],), level, dtype=torch.float32)
+            guided = bool(self.negative) and self.cfg_window[0] <= level <= self.cfg_window[1]
+            for prompt in (*self.positive, *(self.negative if guided else ())):
+                if prompt.sigma_end <= level <= prompt.sigma_start:
+                    _, _, _, y, guidance, _ = self._inputs(prompt, x)
+                    found.append((note(sigma.to(x.device), sigma), y, guidance))
+        table.prepare(found, self.dtype)
+
     def _mean(self, prompts: list[Prompt], x: Tensor, sigma: Tensor, level: float, role: str) -> Tensor:
         active = [prompt for prompt in prompts if prompt.sigma_end <= level <= prompt.sigma_start]
         if not active:
@@ -198,11 +218,13 @@ class Denoiser:
         key = (id(prompt), batch, height, width, x.device)
         if key not in self._kept:
             txt = repeat_to_batch(prompt.txt, batch).to(x.device, self.dtype)
+            y = repeat_to_batch(prompt.y, batch)
+            guidance = None if prompt.guidance is None else torch.full((batch,), prompt.guidance)
             self._kept[key] = (
                 image_ids(batch, height, width, device=x.device), txt,
                 text_ids(batch, txt.shape[1], device=x.device),
-                repeat_to_batch(prompt.y, batch).to(x.device, self.dtype),
-                None if prompt.guidance is None else torch.full((batch,), prompt.guidance, device=x.device),
+                note(y.to(x.device, self.dtype), y),
+                None if guidance is None else note(guidance.to(x.device), guidance),
                 self._mask(prompt, batch, (math.ceil(height / 2), math.ceil(width / 2)), x.device))
         return self._kept[key]
 

@@ -93,6 +93,9 @@ def sample(denoiser: Model, latents: Tensor, sigmas: Tensor, *, seed: int = 0, n
     if noise_mask is not None:
         model = inpainting(denoiser, fit_mask(noise_mask, source).to(device), source, noise)
     x = first * noise + (1 - first) * source
+    prepare = getattr(denoiser, "prepare", None)
+    if prepare is not None:
+        prepare(x, sigmas)
     x = SOLVERS[solver](model, x, sigmas, callback=_step(callback, sigmas), noise_sampler=seeded_noise(x, seed))
     x = x / (1 - last)
     _require_finite(x, f"the latent after the last step (sigma {last:.4f})")

@@ -22,6 +22,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..models.modulation import note
+
 Callback = Callable[[dict[str, Any]], None]
 NoiseSampler = Callable[[Tensor, Tensor], Tensor]
 
@@ -66,8 +68,8 @@ def _steps(sigmas: Tensor) -> Iterator[tuple[int, float, float]]:
 
 
 def _evaluate(model: Callable[..., Tensor], x: Tensor, sigma: float, extra_args: dict[str, Any] | None) -> Point:
-    level = torch.full((x.shape[0],), sigma, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    return Point(x, sigma, model(x, level, **(extra_args or {})))
+    level = torch.full((x.shape[0],), sigma, dtype=torch.promote_types(x.dtype, torch.float32))
+    return Point(x, sigma, model(x, note(level.to(x.device), level), **(extra_args or {})))
 
 
 def _report(callback: Callback | None, i: int, sigmas: Tensor, point: Point) -> None:

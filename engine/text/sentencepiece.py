@@ -81,6 +81,7 @@ class CharsMap:
     def __init__(self, data: bytes, path: str | Path) -> None:
         """data: uint32 size of the trie, the trie (uint32 units), NUL-terminated UTF-8 replacements."""
         field = "normalizer_spec.precompiled_charsmap"
+        self.data = data
         size = struct.unpack_from("<I", data)[0] if len(data) >= 4 else 0
         # a whole number of 1024-byte blocks keeps every child (node ^ byte) inside the array
         if size == 0 or size % 1024 or 4 + size > len(data):

@@ -63,6 +63,8 @@ class Vocabulary:
     kind: str                                   # "BPE" (CLIP) or "Unigram" (T5)
     source: str                                 # the file, for messages
     normalize: Callable[[str], str] = field(default=_as_is, repr=False)
+    pieces: SentencePieceModel | None = field(default=None, repr=False)
+    """What it was made from, where that is no tokenizer.json."""
 
     @property
     def size(self) -> int:
@@ -222,7 +224,7 @@ def from_pieces(model: SentencePieceModel, source: str | Path, rows: int | None 
         if room and not any(text.startswith("<extra_id_") for text in special):
             special += [f"<extra_id_{i}>" for i in reversed(range(T5_SENTINELS))]
         backend.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special])
-    return _checked(Vocabulary(backend, "Unigram", str(source), _around(special, model.normalize)))
+    return _checked(Vocabulary(backend, "Unigram", str(source), _around(special, model.normalize), model))
 
 
 def _around(special: list[str], normalize: Callable[[str], str]) -> Callable[[str], str]:

@@ -7,7 +7,6 @@ one of these.
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import sys
@@ -21,15 +20,17 @@ import torch
 from torch import Tensor
 
 from ..errors import BadModelFile, MissingFile
-from .fourbit import folded
+from . import comfy_quant, fourbit
 from .gguf_header import GgufHeader, StoredArray, read_gguf_header, strings_of
-from .header import Header, read_header, show
+from .header import MAX_TENSORS, NO_PICKLES, Header, Parser, read_header, show
+from .unreadable import folder_metadata
 
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 GGUF_SUFFIX = ".gguf"
 MODEL_SUFFIXES = (*SAFETENSORS_SUFFIXES, GGUF_SUFFIX)
 INDEX_SUFFIX = ".safetensors.index.json"
-MAX_INDEX_BYTES = 32 << 20
+MAX_INDEX_BYTES = 16 << 20
+MAX_FILE_NAME_BYTES = 4096
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 WHOLE_FILE_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 """What diffusers and transformers call an unsharded file; it is taken when a folder holds precision variants too."""
@@ -188,7 +189,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     path = Path(path)
     if os.path.isdir(path):
-        path = _inside_folder(path)
+        checkpoint = open_checkpoint(_inside_folder(path))
+        checkpoint.metadata.update(folder_metadata(path))
+        return checkpoint
     name = path.name.lower()
     if not os.path.exists(path):  # unlike Path.exists, False for any name the system refuses
         raise MissingFile(f"{path}: there is no such file or folder", file=path)
@@ -201,8 +204,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if name.endswith(PICKLE_SUFFIXES):
         raise BadModelFile(path, "this is a pickle, which can run code when opened, and is never opened",
                            expected=" or ".join(SAFETENSORS_SUFFIXES), found=path.suffix,
-                           advice="Get the .safetensors version, or convert it where you trust it: "
-                                  "safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW_FILE)")
+                           advice=NO_PICKLES)
     raise BadModelFile(path, "not a kind of model file known here",
                        expected=f"{', '.join(MODEL_SUFFIXES)}, {INDEX_SUFFIX} or a folder",
                        found=path.suffix or "no suffix")
@@ -219,8 +221,13 @@ def _opened(path: Path) -> Any:
 def _open_safetensors(path: Path, fold: bool = True) -> Checkpoint:
     """`fold`: whether packed weights are put together here; those of shards may lie in several files."""
     header, source = _read(path, read_header)
-    tensors = folded(_tensors(header, source), path) if fold else _tensors(header, source)
-    return Checkpoint(path, tensors, header.metadata, (source,))
+    tensors = _tensors(header, source)
+    return Checkpoint(path, _folded(tensors, header.metadata, path) if fold else tensors, header.metadata, (source,))
+
+
+def _folded(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], path: Path) -> dict[str, TensorInfo]:
+    """Packed weights that are kept in several tensors, each as one."""
+    return comfy_quant.folded(fourbit.folded(tensors, path), metadata, path)
 
 
 def _open_gguf(path: Path) -> Checkpoint:
@@ -295,7 +302,7 @@ def _open_shards(path: Path) -> Checkpoint:
     metadata: dict[str, str] = {}
     for shard in shards.values():
         metadata = {**shard.metadata, **metadata}
-    tensors = folded({name: shards[file_name][name] for name, file_name in weight_map.items()}, path)
+    tensors = _folded({name: shards[file_name][name] for name, file_name in weight_map.items()}, metadata, path)
     return Checkpoint(path, tensors, metadata, tuple(file for shard in shards.values() for file in shard.files))
 
 
@@ -304,24 +311,35 @@ def _read_index(path: Path) -> dict[str, str]:
         text = file.read(MAX_INDEX_BYTES + 1)
     if len(text) > MAX_INDEX_BYTES:
         raise BadModelFile(path, "the index is too large", expected=f"at most {MAX_INDEX_BYTES} bytes")
-    try:
-        index = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except RecursionError as error:
-        raise BadModelFile(path, "the index is nested too deep", field="JSON") from error
-    except ValueError as error:  # JSON, UTF-8 and duplicates alike
-        raise BadModelFile(path, "the index is damaged", field="JSON", found=str(error)) from error
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
+    parser = Parser(path, text, 0, len(text), "shard index")
+    weight_map: dict[str, str] | None = None
+    for key in parser.keys("index"):
+        if key != "weight_map":
+            parser.pass_value(show(key))
+        elif weight_map is not None:
+            parser.refuse("weight_map", "stands twice")
+        else:
+            weight_map = _read_weight_map(parser)
+    parser.finish()
+    if weight_map is None:
         raise BadModelFile(path, "not a shard index", field="weight_map", expected="tensor names and file names",
-                           found=type(weight_map).__name__)
+                           found="nothing")
     return weight_map
 
 
-def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name stands twice")
-    return found
+def _read_weight_map(parser: Parser) -> dict[str, str]:
+    weight_map: dict[str, str] = {}
+    files: dict[str, str] = {}
+    for name in parser.keys("weight_map"):
+        if name in weight_map:
+            parser.refuse(f"weight_map {show(name)}", "stands twice")
+        if parser.peek() != b'"':
+            parser.refuse(f"weight_map {show(name)}", "must be the name of a file")
+        file_name = parser.string(f"weight_map {show(name)}", MAX_FILE_NAME_BYTES)
+        weight_map[name] = files.setdefault(file_name, file_name)
+        if len(weight_map) > MAX_TENSORS:
+            parser.refuse("weight_map", f"more than {MAX_TENSORS} tensors")
+    return weight_map
 
 
 def _shard_name(path: Path, name: str) -> str:

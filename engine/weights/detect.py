@@ -13,10 +13,11 @@ from dataclasses import dataclass, field, replace
 
 from ..specs import FluxSpec
 from .containers import TensorInfo
-from .families import Shapes, family_of, is_lora, quantised_as
+from .families import Shapes, family_of, is_lora
 from .header import show
 from .keymaps import Spec, respelled
 from .sizes import SPECS, read_spec
+from .unreadable import unreadable
 
 ROLE_NAMES = {
     "transformer": "a FLUX.1 transformer", "t5": "a T5 text encoder", "clip_l": "a CLIP-L text encoder",
@@ -234,10 +235,10 @@ def _described(part: Part, checkpoint: Mapping[str, TensorInfo], outside: Shapes
     if foreign is not None:
         return replace(part, family=foreign, foreign=True, problems=(f"this is {foreign}",))
     family = ROLE_NAMES[part.role]
-    format = quantised_as(part.names)
-    if format is not None:
-        return replace(part, family=f"{family} in {format}",
-                       problems=(f"its weights are stored as {format}, which is not supported yet",))
+    quantised = unreadable({name: checkpoint[found] for name, found in part.names.items()},
+                           getattr(checkpoint, "metadata", {}))
+    if quantised is not None:
+        return replace(part, family=family, problems=(quantised,))
     if part.role not in SPECS:
         return replace(part, family=family)
     sizes = read_spec(part.role, part.layout, shapes)

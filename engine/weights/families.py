@@ -87,14 +87,6 @@ FAMILIES: tuple[Family, ...] = (
 )
 """Asked of the file when it is nothing we load, and of each part we find, first match first."""
 
-QUANTISED: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("8-bit of bitsandbytes", re.compile(r"\.SCB$")),
-    ("SVDQuant (nunchaku)", re.compile(r"\.(?:qweight|wscales|smooth_orig)$")),
-    ("comfy_quant", re.compile(r"\.comfy_quant$")),
-    ("torchao", re.compile(r"\._weight_(?:qdata|scale)$")),
-)
-"""Formats told by the names of their side tensors; not loaded yet, so named."""
-
 LORA = re.compile(
     r"(?:\.|_)lora(?:[._](?:A|B|C|up|down|mid|E)\b|_linear_layer\.|\d?[._](?:down|up)\.)|_lora\d?\.(?:down|up)\."
     r"|\.lora_(?:A|B)\.|\.lokr_w|\.lokr_t2|\.hada_|\.dora_scale$|\.lora_magnitude_vector|\.oft_|\.alpha$|\.diff(?:_b)?$"
@@ -118,14 +110,6 @@ def family_of(shapes: Shapes) -> str | None:
             continue
         if row.also is None or ends_with(shapes, row.also) is not None:
             return row.says
-    return None
-
-
-def quantised_as(names: Collection[str]) -> str | None:
-    """The quantised format whose side tensors are among the names."""
-    for format, pattern in QUANTISED:
-        if any(pattern.search(name) for name in names):
-            return format
     return None
 
 

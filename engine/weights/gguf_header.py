@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from ..errors import BadModelFile
 from ..quant.formats import FORMATS
-from .header import FOREIGN_STARTS, MAX_ELEMENTS, Entry, show, show_shape, size_text
+from .header import MAX_ELEMENTS, Entry, foreign, show, show_shape, size_text
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -27,7 +27,8 @@ DEFAULT_ALIGNMENT = 32
 MAX_TENSORS = 1 << 16
 MAX_ENTRIES = 1 << 16
 MAX_NAME_BYTES = 1 << 16
-MAX_TEXT_BYTES = 32 << 20  # of all texts kept
+MAX_NAMES_BYTES = 16 << 20  # of all keys and names of tensors
+MAX_TEXT_BYTES = 8 << 20    # of all texts kept; what is more is read when asked for, as arrays are
 MAX_STRINGS = 1 << 22      # in all arrays: sixteen times the largest tokenizer
 MAX_DIMS = 4
 _WINDOW = 1 << 20
@@ -102,7 +103,7 @@ def read_gguf_header(file: BinaryIO, path: Path, file_bytes: int) -> GgufHeader:
 
 
 def _something_else(path: Path, start: bytes) -> BadModelFile:
-    found = next(((what, advice) for magic, what, advice in FOREIGN_STARTS if start.startswith(magic)), None)
+    found = foreign(start)
     if found is None and start[8:9] == b"{":
         found = "this is a safetensors file under another suffix", "Rename it to .safetensors"
     what, advice = found or ("not a GGUF file, or damaged", "Download it again")
@@ -111,31 +112,46 @@ def _something_else(path: Path, start: bytes) -> BadModelFile:
 
 
 def _read_entry(cursor: _Cursor, header: GgufHeader, what: str) -> None:
-    key = cursor.text(f"key of {what}", MAX_NAME_BYTES)
+    key = cursor.name(f"key of {what}")
     if key in header.metadata or key in header.arrays:
         cursor.refuse(f"metadata {show(key)}", "stands twice")
     what = f"metadata {show(key)}"
     kind = cursor.number("<I", f"type of {what}")
+    if key == "general.alignment" and kind != UINT32:
+        cursor.refuse(f"type of {what}", f"must be a power of two of type U32, found type {kind}")
     if kind == ARRAY:
         header.arrays[key] = cursor.array(what)
         return
     if kind == STRING:
-        header.metadata[key] = cursor.text(what, MAX_TEXT_BYTES - cursor.text_bytes, "replace")
+        _read_text(cursor, header, key, what)
         return
     if kind not in SCALARS:
         cursor.refuse(f"type of {what}", f"{kind} is not a type of this format")
     value: Any = cursor.number(SCALARS[kind][1], what)
     header.metadata[key] = str(value).lower() if isinstance(value, bool) else str(value)
     if key == "general.alignment":
-        if kind != UINT32 or value == 0 or value & (value - 1):
-            cursor.refuse(what, f"must be a power of two of type U32, found {value}")
+        if value == 0 or value & (value - 1):
+            cursor.refuse(what, f"must be a power of two, found {value}")
         header.alignment = value
+
+
+def _read_text(cursor: _Cursor, header: GgufHeader, key: str, what: str) -> None:
+    """A text, or, where all would be too long to keep, its place: that of an array of one."""
+    begin = cursor.pos
+    length: int = cursor.number("<Q", f"length of {what}")
+    cursor.need(length, what)
+    cursor.text_bytes += length
+    if cursor.text_bytes > MAX_TEXT_BYTES:
+        cursor.skip(length, what)
+        header.arrays[key] = StoredArray("STRING", 1, begin, cursor.pos - begin)
+    else:
+        header.metadata[key] = cursor.take(length, what).decode("utf-8", "replace")
 
 
 def _read_tensors(cursor: _Cursor, header: GgufHeader, count: int) -> None:
     at = 0
     for i in range(count):
-        name = cursor.text(f"name of tensor {i}", MAX_NAME_BYTES)
+        name = cursor.name(f"name of tensor {i}")
         what = f"tensor {show(name)}"
         if name in header.entries:
             cursor.refuse(what, "stands twice")
@@ -144,8 +160,8 @@ def _read_tensors(cursor: _Cursor, header: GgufHeader, count: int) -> None:
         if begin != at:
             cursor.refuse(f"offset of {what}", f"must be {at}, found {begin}")
         header.entries[name] = Entry(kind, shape, begin, begin + nbytes)
-        at = _padded(begin + nbytes, header.alignment)
-    header.data_start = _padded(cursor.pos, header.alignment)
+        at = padded(begin + nbytes, header.alignment)
+    header.data_start = padded(cursor.pos, header.alignment)
     end = max((entry.end for entry in header.entries.values()), default=0)
     if end and header.data_start + end > cursor.end:
         raise BadModelFile(cursor.path, f"incomplete download: file {size_text(cursor.end)}, header promises "
@@ -179,7 +195,8 @@ def _sizes_and_type(cursor: _Cursor, what: str) -> tuple[tuple[int, ...], str, i
     return shape, kind, math.prod(shape) // block * block_bytes
 
 
-def _padded(size: int, alignment: int) -> int:
+def padded(size: int, alignment: int) -> int:
+    """The next multiple of `alignment`."""
     return -(-size // alignment) * alignment
 
 
@@ -190,7 +207,7 @@ class _Cursor:
         self.file, self.path, self.end = file, path, end
         self.pos = self.base = 0
         self.window = b""
-        self.strings = self.text_bytes = 0
+        self.strings = self.text_bytes = self.name_bytes = 0
 
     def need(self, size: int, what: str) -> None:
         if size > self.end - self.pos:
@@ -227,14 +244,15 @@ class _Cursor:
         self.need(found * least, what)
         return found
 
-    def text(self, what: str, limit: int, errors: str = "strict") -> str:
+    def name(self, what: str) -> str:
         length = self.number("<Q", f"length of {what}")
         self.need(length, what)
-        if length > limit:
-            self.refuse(f"length of {what}", f"must be at most {limit}, found {length}")
-        self.text_bytes += length
+        self.name_bytes += length
+        if length > MAX_NAME_BYTES or self.name_bytes > MAX_NAMES_BYTES:
+            self.refuse(f"length of {what}", f"must be at most {MAX_NAME_BYTES}, of all {MAX_NAMES_BYTES}, "
+                                             f"found {length}")
         try:
-            return self.take(length, what).decode("utf-8", errors)
+            return self.take(length, what).decode("utf-8")
         except UnicodeDecodeError:
             self.refuse(what, "is not valid UTF-8 text")
 

@@ -11,6 +11,7 @@ header in memory before it can refuse it. Here each token is checked where it st
 
 from __future__ import annotations
 
+import codecs
 import json
 import mmap
 import re
@@ -22,6 +23,10 @@ from ..errors import BadModelFile
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_ELEMENTS = 2**63 - 1
+MAX_TENSORS = 1 << 15          # an all-in-one file in NF4 has a sixth of it
+MAX_NAMES_BYTES = 16 << 20     # of all names together
+MAX_METADATA_BYTES = 32 << 20  # of all texts together
+MAX_VALUE_BYTES = 1 << 16      # of a value that is passed over
 LENGTH_BYTES = 8
 READ_WHOLE_BYTES = 4 << 20  # longer headers are mapped, so that a bad one costs no memory
 
@@ -33,12 +38,12 @@ BITS = {
 }
 """Bits of one element, of every dtype the format knows (safetensors/src/tensor.rs, `Dtype::bitsize`)."""
 
+NO_PICKLES = ("Pickles can run code and are never opened. Get the .safetensors version, or convert it where you trust "
+              "it: safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW_FILE)")
 FOREIGN_STARTS = (
     (b"GGUF", "this is a GGUF file under another suffix", "Rename it to .gguf"),
-    (b"PK\x03\x04", "this is a PyTorch pickle or zip archive under another suffix",
-     "Pickles can run code and are never opened; get the .safetensors version"),
-    (b"\x80\x02", "this is a Python pickle under another suffix",
-     "Pickles can run code and are never opened; get the .safetensors version"),
+    (b"PK\x03\x04", "this is a PyTorch pickle or zip archive under another suffix", NO_PICKLES),
+    *((b"\x80%c" % protocol, "this is a Python pickle under another suffix", NO_PICKLES) for protocol in range(2, 6)),
     (b"version ", "this is a Git LFS pointer, not the file itself", "Fetch it with `git lfs pull`, or download it"),
     (b"<", "this is a web page, not a model", "Downloads are refused so, often for want of a log-in; get it again"),
 )
@@ -90,13 +95,9 @@ def read_header(file: BinaryIO, path: Path, file_bytes: int) -> Header:
                            advice="Download it again")
     length = int.from_bytes(start, "little")
     if not 2 <= length <= MAX_HEADER_BYTES:
-        what, advice = next(((what, advice) for magic, what, advice in FOREIGN_STARTS if start.startswith(magic)),
-                            ("not a safetensors file, or damaged", "Download it again"))
-        raise BadModelFile(path, what, field="header length", expected=f"2 to {MAX_HEADER_BYTES}", found=length,
-                           advice=advice)
+        raise _something_else(path, start, "header length", f"2 to {MAX_HEADER_BYTES}", str(length))
     if file.read(1) != b"{":
-        raise BadModelFile(path, "not a safetensors file, or damaged", field="header start", expected="'{'",
-                           found="another byte or nothing", advice="Download it again")
+        raise _something_else(path, start, "header start", "'{'", "another byte or nothing")
     if LENGTH_BYTES + length > file_bytes:
         raise BadModelFile(path, f"incomplete download: file {size_text(file_bytes)}, its header alone promises "
                                  f"{size_text(LENGTH_BYTES + length)}",
@@ -104,12 +105,19 @@ def read_header(file: BinaryIO, path: Path, file_bytes: int) -> Header:
                            advice="Download it again")
     if length <= READ_WHOLE_BYTES:
         text = b"{" + file.read(length - 1)
-        header = _Parser(path, text, 0, len(text)).header(LENGTH_BYTES + length)
-    else:
-        with mmap.mmap(file.fileno(), LENGTH_BYTES + length, access=mmap.ACCESS_READ) as mapped:
-            header = _Parser(path, mapped, LENGTH_BYTES, LENGTH_BYTES + length).header(LENGTH_BYTES + length)
-    header.entries = _laid_out(header, path, file_bytes)
-    return header
+        return Parser(path, text, 0, len(text)).header(LENGTH_BYTES + length, file_bytes)
+    with mmap.mmap(file.fileno(), LENGTH_BYTES + length, access=mmap.ACCESS_READ) as mapped:
+        return Parser(path, mapped, LENGTH_BYTES, LENGTH_BYTES + length).header(LENGTH_BYTES + length, file_bytes)
+
+
+def foreign(start: bytes) -> tuple[str, str] | None:
+    """What a file is that starts so, and what to do with it; None for what is not known."""
+    return next(((what, advice) for magic, what, advice in FOREIGN_STARTS if start.startswith(magic)), None)
+
+
+def _something_else(path: Path, start: bytes, field: str, expected: str, found: str) -> BadModelFile:
+    what, advice = foreign(start) or ("not a safetensors file, or damaged", "Download it again")
+    return BadModelFile(path, what, field=field, expected=expected, found=found, advice=advice)
 
 
 def _laid_out(header: Header, path: Path, file_bytes: int) -> dict[str, Entry]:
@@ -143,8 +151,10 @@ _WINDOW = 1 << 20
 _RELEASE_BYTES = 8 << 20
 _SPACE = re.compile(rb"[ \t\n\r]{0,%d}" % _WINDOW)
 _PLAIN_STRING = re.compile(rb'"[^"\\\x00-\x1f]{0,4096}"')
-_STRING_PART = re.compile(rb'[^"\\]{0,65536}(?:\\.[^"\\]{0,64}){0,256}', re.DOTALL)
+_STRING_PART = re.compile(rb'[^"\\\x00-\x1f]{0,65536}'
+                          rb'(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]{0,64}){0,256}')
 _MAX_NAME_BYTES = 1 << 20
+MAX_DEPTH = 16
 _LIST_TEXT = 16_384  # a list of 64-bit sizes longer than this is no shape; torch stops at 64 of them
 _INTEGERS = re.compile(rb"\[([0-9, \t\n\r]{0,%d})\]" % _LIST_TEXT)
 _OTHER_VALUE = re.compile(rb"-?(?:0|[1-9][0-9]{0,400})(?:\.[0-9]{1,400})?(?:[eE][-+]?[0-9]{1,9})?|true|false|null")
@@ -155,43 +165,60 @@ _USUAL_ENTRY = re.compile(
 """An entry as the usual writers put it; others are read field by field, half as fast."""
 
 
-class _Parser:
-    """A cursor over the header's bytes. `data` is bytes or a map; positions count within it."""
+class Parser:
+    """A cursor over the bytes of JSON. `data` is bytes or a map; positions count within it."""
 
-    def __init__(self, path: Path, data: bytes | mmap.mmap, pos: int, end: int) -> None:
-        self.path, self.data, self.pos, self.end = path, data, pos, end
+    def __init__(self, path: Path, data: bytes | mmap.mmap, pos: int, end: int, what: str = "safetensors header"
+                 ) -> None:
+        self.path, self.data, self.pos, self.end, self.what = path, data, pos, end, what
         self.origin = self.released = pos
 
-    def header(self, data_start: int) -> Header:
+    def header(self, data_start: int, file_bytes: int) -> Header:
+        """The whole header; texts of the metadata are looked at first, and kept when all the rest is in order."""
         header = Header(data_start)
-        has_metadata = False
+        texts: dict[str, int] | None = None
+        names_bytes = 0
         for name in self.keys("header"):
             if name == "__metadata__":
-                if has_metadata:
+                if texts is not None:
                     self.refuse("__metadata__", "stands twice")
-                has_metadata = True
-                header.metadata = self.metadata()
+                texts = self.metadata()
             elif name in header.entries:
                 self.refuse(f"tensor {show(name)}", "stands twice")
             else:
                 header.entries[name] = self.entry(name)
-        self.skip_space()
-        if self.pos != self.end:
-            self.refuse("header end", "more than spaces after the closing brace")
+                names_bytes += len(name)
+            if len(header.entries) > MAX_TENSORS or names_bytes > MAX_NAMES_BYTES:
+                self.refuse("header", f"more than {MAX_TENSORS} tensors, or {size_text(MAX_NAMES_BYTES)} of names")
+        self.finish()
+        header.entries = _laid_out(header, self.path, file_bytes)
+        for key, begin in (texts or {}).items():
+            self.pos = begin
+            header.metadata[key] = self.string(f"__metadata__ {show(key)}")
         return header
 
-    def metadata(self) -> dict[str, str]:
+    def metadata(self) -> dict[str, int]:
+        """Key -> where its text begins."""
         if self.peek() == b"n" and self.data[self.pos:self.pos + 4] == b"null":  # the reference reader takes it
             self.pos += 4
             return {}
-        metadata: dict[str, str] = {}
+        texts: dict[str, int] = {}
+        begin = self.pos
         for key in self.keys("__metadata__"):
-            if key in metadata:
+            if key in texts:
                 self.refuse(f"__metadata__ {show(key)}", "stands twice")
             if self.peek() != b'"':
                 self.refuse(f"__metadata__ {show(key)}", "must be a string")
-            metadata[key] = self.string(f"__metadata__ {show(key)}")
-        return metadata
+            texts[key] = self.pos
+            self.pass_string(f"__metadata__ {show(key)}")
+            if len(texts) > MAX_TENSORS or self.pos - begin > MAX_METADATA_BYTES:
+                self.refuse("__metadata__", f"more than {MAX_TENSORS} texts, or {size_text(MAX_METADATA_BYTES)}")
+        return texts
+
+    def finish(self) -> None:
+        self.skip_space()
+        if self.pos != self.end:
+            self.refuse("header end", "more than spaces after the closing brace")
 
     def entry(self, name: str) -> Entry:
         what = f"tensor {show(name)}"
@@ -210,10 +237,8 @@ class _Parser:
             elif self.peek() == b'"':
                 found[key] = self.string(f"{what} {show(key)}", _MAX_NAME_BYTES)
             else:  # a field the format does not know: passed over, as the reference reader does
-                match = _OTHER_VALUE.match(self.data, self.pos, self.end)
-                if match is None:
-                    self.refuse(f"{what} {show(key)}", "is not a value this format allows there")
-                self.pos, found[key] = match.end(), None
+                self.pass_scalar(f"{what} {show(key)}")
+                found[key] = None
         kind, shape, offsets = found.get("dtype"), found.get("shape"), found.get("data_offsets")
         for key, value in (("dtype", kind), ("shape", shape), ("data_offsets", offsets)):
             if value is None:
@@ -263,35 +288,76 @@ class _Parser:
 
     def string(self, what: str, limit: int | None = None) -> str:
         """The string that starts here, its escapes resolved; `limit` in bytes."""
-        plain = _PLAIN_STRING.match(self.data, self.pos, self.end)
         start = self.pos
-        self.pos = self.string_end(what, limit) if plain is None else plain.end()
+        plain = self.pass_string(what, limit)
         try:
             text = str(self.data[start:self.pos], "utf-8")
-            if plain is not None:
+            if plain:
                 return text[1:-1]
             value: str = json.loads(text)
             value.encode("utf-8")  # half a surrogate pair is no text
         except UnicodeError:
             self.pos = start
             self.refuse(what, "is not valid UTF-8 text")
-        except json.JSONDecodeError as error:
-            self.pos = start
-            self.refuse(what, f"is not a JSON string ({error.msg})")
         return value
 
+    def pass_string(self, what: str, limit: int | None = None) -> bool:
+        """Goes behind the string that starts here; whether it is a short one without escapes."""
+        plain = _PLAIN_STRING.match(self.data, self.pos, self.end)
+        self.pos = self.string_end(what, limit) if plain is None else plain.end()
+        return plain is not None
+
     def string_end(self, what: str, limit: int | None) -> int:
+        """Where the string ends that starts here; its text is checked on the way, and not kept."""
         pos = self.pos + 1
+        decoder = codecs.getincrementaldecoder("utf-8")()
         while limit is None or pos - self.pos <= limit:
             match = _STRING_PART.match(self.data, pos, self.end)
             assert match is not None
-            if match.end() < self.end and self.data[match.end()] == 0x22:
+            try:
+                ended = match.end() < self.end and self.data[match.end()] == 0x22
+                decoder.decode(match[0], final=ended)
+            except UnicodeError:
+                self.refuse(what, "is not valid UTF-8 text")
+            if ended:
                 return match.end() + 1
-            if match.end() == pos or match.end() >= self.end:
+            if match.end() >= self.end:
                 self.refuse(what, "is a string without an end")
+            if match.end() == pos:
+                self.refuse(what, "is not a JSON string (a bad escape, or a control character)")
             pos = match.end()
             self.release(pos)
         self.refuse(what, f"is longer than {limit} bytes")
+
+    def pass_value(self, what: str, limit: int | None = None, depth: int = 0) -> None:
+        """Goes behind the value of any kind that starts here; `limit` is the place where it must have ended."""
+        start = self.peek()
+        limit = self.pos + MAX_VALUE_BYTES if limit is None else limit
+        if depth > MAX_DEPTH or self.pos > limit:
+            self.refuse(what, "is nested too deep, or too long")
+        if start == b'"':
+            self.pass_string(what)
+        elif start == b"{":
+            for _ in self.keys(what):
+                self.pass_value(what, limit, depth + 1)
+        elif start == b"[":
+            self.pos += 1
+            first = True
+            while self.peek() != b"]":
+                if not first:
+                    self.expect(b",", what)
+                self.pass_value(what, limit, depth + 1)
+                first = False
+            self.pos += 1
+        else:
+            self.pass_scalar(what)
+
+    def pass_scalar(self, what: str) -> None:
+        self.skip_space()
+        match = _OTHER_VALUE.match(self.data, self.pos, self.end)
+        if match is None:
+            self.refuse(what, "is not a value this format allows there")
+        self.pos = match.end()
 
     def expect(self, byte: bytes, what: str) -> None:
         if self.peek() != byte:
@@ -320,15 +386,15 @@ class _Parser:
             self.released = pos
 
     def refuse(self, what: str, problem: str) -> NoReturn:
-        raise BadModelFile(self.path, "damaged safetensors header", field=what,
-                           found=f"{problem}, at byte {self.pos - self.origin} of the header",
+        raise BadModelFile(self.path, f"damaged {self.what}", field=what,
+                           found=f"{problem}, at byte {self.pos - self.origin} of it",
                            advice="Download it again")
 
 
 class _Keys:
     """The loop over one object's keys, after its opening brace."""
 
-    def __init__(self, parser: _Parser, what: str) -> None:
+    def __init__(self, parser: Parser, what: str) -> None:
         self.parser, self.what, self.first = parser, what, True
 
     def __iter__(self) -> _Keys:

@@ -18,7 +18,7 @@ from ..models.flux import Flux
 from ..models.ops import PLAIN, Ops
 from ..models.t5 import T5Encoder
 from ..models.vision import Redux, SiglipVision
-from ..quant import FORMATS, PACKED, MissingCodebook, PackedOps, packed_like
+from ..quant import FORMATS, PACKED, Embedding, Linear, MissingCodebook, PackedOps, QuantFormat, packed_like
 from .containers import Checkpoint, TensorInfo, open_checkpoint
 from .detect import ROLE_NAMES, VARIANT_NAMES, Detection, Part, detect
 from .header import show, show_shape
@@ -35,6 +35,8 @@ LOADABLE = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F
 """Stored types that are weights as they stand; other types need side tensors to mean something."""
 SMALL_ELEMENTS = 1 << 16
 """Tensors up to this size, biases and scales among them, are searched for NaN and infinity at load."""
+CHECKED_AT_LOAD = 1 << 27
+"""Bytes of a model's packed weights on the CPU whose scales are searched for them at load; others at first use."""
 EXAMPLES = 5
 LISTED = 50
 
@@ -81,9 +83,11 @@ def match(checkpoint: Mapping[str, TensorInfo], part: Part, model: nn.Module) ->
                 scale = part.names.get(side)
                 if scale is not None:
                     used.add(side)
-                    if math.prod(checkpoint[scale].shape) != 1:
-                        misshapen.append(f"{show(scale)}: {show_shape(checkpoint[scale].shape)}, expected one number")
-    unknown = [found for name, found in part.names.items() if name not in used]
+                    found = checkpoint[scale].shape
+                    if math.prod(found) != 1 and found not in ((*shape[:1], 1), (1, *shape[-1:])):
+                        misshapen.append(f"{show(scale)}: {show_shape(found)}, expected one number, or one for each "
+                                         "row or column")
+    unknown = [full for name, full in part.names.items() if name not in used]
     return Match(sources, tuple(missing), tuple(misshapen), tuple(unknown), tuple(unloadable))
 
 
@@ -100,7 +104,8 @@ def load(source: str | os.PathLike[str] | Checkpoint, role: str, *, variant: Col
     Plain fp8, which torch knows, is kept as it is stored where `dtype` is None.
     Returns an instance of the class in `MODELS`, with `.spec`, in eval mode, without gradients.
     Raises `BadModelFile` for a wrong role, variant or size, for missing, misshapen or unknown tensors; `NotFinite` for
-    NaN or infinity in small tensors such as scales and norms. Tensors outside all known modules are logged once.
+    NaN or infinity in small tensors such as scales and norms; for the scales of large packed weights the layer raises
+    it when it is first used. Tensors outside all known modules are logged once.
     """
     if isinstance(source, Checkpoint):
         return _load(source, role, variant, dtype, torch.device(device), ops, packed)
@@ -135,11 +140,13 @@ def fill(model: nn.Module, checkpoint: Checkpoint, part: Part, *, dtype: torch.d
     stored = Stored({name: checkpoint[full] for name, full in part.names.items()}, dtype)
     weights: dict[str, Tensor] = {}
     layers: dict[str, nn.Module] = {}
+    seen = 0
     for name, parameter in model.state_dict().items():
         where, shape = found.sources[name], tuple(parameter.shape)
         _require_codebooks(checkpoint, part, where)
         path, _, kind = name.rpartition(".")
-        format, scales = stored.format_of(where), stored.scales_of(where)
+        format = stored.format_of(where)
+        scales = None if format is None else stored.scales_of(where)
         layer = None if packed is None or format is None or kind != "weight" else packed_like(
             model.get_submodule(path), format, None if scales is None else tuple(scales.shape), dtype or torch.float32,
             packed)
@@ -150,8 +157,9 @@ def fill(model: nn.Module, checkpoint: Checkpoint, part: Part, *, dtype: torch.d
             continue
         layers[path] = layer
         weights[name] = assemble(where, (shape[0], format.row_bytes(shape[1])), stored.rows, device=device)
-        if not format.is_finite(weights[name]):
-            raise _not_finite(checkpoint, part, where, f"scales of {format.name}")
+        seen += weights[name].nbytes
+        _check_scales(layer, format, weights[name], seen, _not_finite(checkpoint, part, where,
+                                                                      f"scales of {format.name}"))
         if scales is not None:
             _check_finite(checkpoint, part, where, scales)
             weights[f"{path}.{SCALES[0]}"] = scales.to(device)
@@ -215,6 +223,16 @@ def _check_finite(checkpoint: Checkpoint, part: Part, where: Source, weight: Ten
     values = weight.float() if weight.dtype.itemsize == 1 else weight
     if not bool(torch.isfinite(values).all()):
         raise _not_finite(checkpoint, part, where, str(weight.dtype))
+
+
+def _check_scales(layer: nn.Module, format: QuantFormat, packed: Tensor, seen: int, error: NotFinite) -> None:
+    """Raises `error` for a scale that is no finite number: now, if the bytes are read anyway or few, else by the layer
+    when it is first used. To look at all scales of a mapped file is to read all of it from the disk."""
+    if packed.device.type != "cpu" or seen <= CHECKED_AT_LOAD or not isinstance(layer, Linear | Embedding):
+        if not format.is_finite(packed):
+            raise error
+    else:
+        layer.doubt = (error.message, error.file)
 
 
 def _not_finite(checkpoint: Checkpoint, part: Part, where: Source, kind: str) -> NotFinite:

@@ -42,9 +42,12 @@ class Stored:
         return next((found for found in names if found in self.infos), None)
 
     def scale(self, name: str) -> Tensor | None:
-        """Its scale, `()` fp32."""
+        """Its scale, fp32: `()`, one per row `(rows, 1)` or one per column `(1, width)`."""
         found = self.scale_name(name)
-        return None if found is None else self.infos[found].read().to(torch.float32).reshape(())
+        if found is None:
+            return None
+        scale = self.infos[found].read().to(torch.float32)
+        return scale.reshape(()) if scale.numel() == 1 else scale
 
     def format(self, name: str) -> QuantFormat | None:
         """The format of a packed tensor, None for numbers that torch holds."""
@@ -71,17 +74,27 @@ class Stored:
         return found if scale is None else (found.float() * scale).to(self.dtype or torch.float32)
 
     def format_of(self, source: Source) -> QuantFormat | None:
-        """The format in which `source` can be put together row by row: that of all its tensors."""
+        """The format in which `source` can be put together row by row: that of all its tensors. None if there are
+        several, or columns of several tensors have scales of their own."""
         formats = {self.format(name) for name in source.names}
         format = next(iter(formats))
-        return format if len(formats) == 1 else None
+        return format if len(formats) == 1 and (len(source.names) == 1 or not self._has_columns(source)) else None
+
+    def _has_columns(self, source: Source) -> bool:
+        scales = (self.scale_name(name) for name in source.names)
+        return any(len(self.infos[name].shape) == 2 and self.infos[name].shape[1] > 1 for name in scales if name)
 
     def scales_of(self, source: Source) -> Tensor | None:
-        """The scales of `source`'s rows, fp32: `()` if they have one, `(rows, 1)` if they come from several tensors."""
+        """The scales of `source`, fp32, as of one tensor; `(rows, 1)` if rows come from several."""
         scales = {name: self.scale(name) for name in source.names}
         if all(scale is None for scale in scales.values()):
             return None
-        if len(scales) == 1:
-            return scales[source.names[0]]
+        only = scales[source.names[0]]
+        if len(scales) == 1 and only is not None and (only.ndim == 0 or only.shape[0] == 1):
+            return only
         each = {name: torch.ones(()) if scale is None else scale for name, scale in scales.items()}
-        return torch.cat([each[piece.name].expand(piece.rows) for piece in source.pieces])[:, None]
+        parts = []
+        for piece in source.pieces:
+            scale = each[piece.name]
+            parts.append(scale[piece.theirs:piece.theirs + piece.rows] if scale.ndim else scale.expand(piece.rows, 1))
+        return torch.cat(parts)

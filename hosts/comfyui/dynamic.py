@@ -76,7 +76,8 @@ def numbers(weight: Tensor) -> Tensor:
 
 
 def quantized(layer: Any, dtype: torch.dtype) -> Any:
-    """A packed layer's weight as the host's tensor, which says it is of `dtype`."""
+    """A packed layer's weight as the host's tensor, which says it is of `dtype`; nothing looks at its scales later."""
+    layer.check(layer.weight)
     scale = None if layer.scale_weight is None else layer.scale_weight.data
     params = PackedLayout.Params(scale=scale, orig_dtype=dtype, orig_shape=layer.shape, format=layer.format.name)
     return QuantizedTensor(layer.weight.data, LAYOUT, params)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,12 @@ import folder_paths
 import torch
 from comfy_api.latest import ComfyExtension
 from comfy_api.latest import io as _io
+from comfy_execution.utils import get_executing_context
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from ...engine.adapters import Options, Row, Share
 from ...engine.errors import BadInput, NotFinite
 from ...engine.models.autoencoder import Autoencoder
 from ...engine.models.flux import Flux
@@ -26,8 +30,9 @@ from ...engine.models.vision import Redux, SiglipVision
 from ...engine.specs import FLUX_AE
 from ...engine.text import TextEncoders
 from .. import Conditioning, Latent, Metadata, Progress
-from ..names import check_prefix
-from . import folders, objects, sampling, text
+from ..loras import FILES
+from ..names import check_prefix, place_for
+from . import folders, lora, objects, sampling, text
 from .vision import (
     load_clip_vision,
     load_style_model,
@@ -41,7 +46,11 @@ SUPPORTED = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def extension(nodes: Sequence[type[Any]]) -> Any:
-    """What `comfy_entrypoint` returns for these node classes."""
+    """What `comfy_entrypoint` returns for these node classes. Where a server runs, it gets our routes."""
+    if "server" in sys.modules:  # loaded long before us, or not at all: it pulls in all of the host's nodes
+        from .routes import register
+        register()
+
     class FluxKitExtension(ComfyExtension):  # type: ignore[misc]
         async def get_node_list(self) -> list[type[Any]]:
             return list(nodes)
@@ -69,6 +78,9 @@ class ComfyHost:
 
     def resolve_file(self, kind: str, name: str) -> Path:
         return folders.resolve_file(kind, name)
+
+    def new_file(self, kind: str, name: str) -> Path:
+        return place_for(kind, name, folders.roots(kind))
 
     # -- objects
     def load_model(self, path: Path) -> Any:
@@ -100,6 +112,14 @@ class ComfyHost:
 
     def wrap_style_model(self, redux: Redux, path: str | Path) -> Any:
         return make_style_model(redux, path)
+
+    # -- LoRAs
+    def with_loras(self, model: Any, clip: Any | None, rows: Sequence[Row], *, mode: str = "auto", strict: bool = True
+                   ) -> tuple[Any, Any | None, str]:
+        return lora.with_loras(model, clip, rows, mode=mode, strict=strict, resolve=partial(self.resolve_file, "loras"))
+
+    def lora_share(self, model: Any, path: Path) -> Share:
+        return lora.share(model, FILES.read(path, Options(skip_broken=True)))
 
     # -- work
     def encode_prompt(self, clip: Any, clip_text: str, t5_text: str | None = None, guidance: float | None = None,
@@ -175,6 +195,13 @@ class ComfyHost:
 
     def check_interrupt(self) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def show(self, text: str) -> None:
+        """Below the widgets of the node; nowhere where no node runs, or no server."""
+        from server import PromptServer  # late: it pulls in all of the host's nodes
+        context, server = get_executing_context(), getattr(PromptServer, "instance", None)
+        if context is not None and server is not None:
+            server.send_progress_text(text, context.node_id)
 
     # -- where and how models run
     @property

@@ -29,8 +29,9 @@ from ...engine.models.flux import Flux as EngineFlux
 from ...engine.specs import FLUX_AE, FluxSpec
 from ...engine.weights import load
 from .layers import UNPACKED, adopt, plain_layers
+from .modulation import HostTable, ModulationsLast, Patcher, TablePackedPatcher
 from .packed import Flux as PackedFlux
-from .packed import HostPacked, PackedPatcher, packed_layers, weight_count
+from .packed import HostPacked, packed_layers, weight_count
 from .transformer import Flux, params_of
 
 log = logging.getLogger(__name__)
@@ -87,13 +88,15 @@ def model_patcher(flux: EngineFlux, path: str | Path, disable_dynamic: bool = Fa
         ours = Flux(flux.spec, dtype)
     adopt(flux, ours, dtype)
     kind = comfy.model_base.ModelType.FLUX if flux.spec.guidance_embed else comfy.model_base.ModelType.FLOW
-    classes = (PackedFlux, PackedPatcher) if packed else (comfy.model_base.Flux, comfy.model_patcher.ModelPatcher)
+    classes = (PackedFlux, TablePackedPatcher) if packed else (comfy.model_base.Flux, Patcher)
     if packed and not disable_dynamic and wants_dynamic(device):
         from . import dynamic  # of what older hosts do not have
 
         dynamic.make_dynamic(ours, config.manual_cast_dtype or dtype)
         classes = comfy.model_base.Flux, dynamic.DynamicPatcher
     model = classes[0](config, model_type=kind, unet_model=lambda **_: ours)
+    if issubclass(classes[1], ModulationsLast):
+        HostTable(ours, model)
     patcher = classes[1](
         model, load_device=device, offload_device=comfy.model_management.unet_offload_device())
     patcher.cached_patcher_init = (load_patcher, (str(path),))

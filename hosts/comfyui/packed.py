@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.lora
 import comfy.model_base
@@ -89,6 +89,8 @@ class _Hung:
     format: Any
     weight: nn.Parameter
     scale_weight: nn.Parameter | None
+    if TYPE_CHECKING:
+        def check(self, packed: Tensor, whole: bool = True) -> None: ...
 
     def _start(self, rows: int, width: int) -> None:
         self.comfy_cast_weights = True
@@ -115,6 +117,7 @@ class _Hung:
     def dense(self, dtype: torch.dtype, weight: Tensor | None = None, entries: list[Entry] | None = None) -> Tensor:
         """The weight unpacked, `(rows, width)` in `dtype`, with `entries` put on it in fp32. `weight`: the bytes."""
         weight = self.weight if weight is None else weight
+        self.check(weight)
         scale = None if self.scale_weight is None else self.scale_weight.to(weight.device)
         if not entries:
             unpacked: Tensor = self.format.dequantize(weight, dtype, scale=scale)

@@ -15,6 +15,7 @@ from ...engine.models import flux as engine_flux
 from ...engine.sampling.latents import image_ids, patchify, text_ids, unpatchify
 from ...engine.specs import FluxSpec
 from .layers import flux_layers
+from .modulation import HostTable
 
 Options = dict[str, Any]
 REFERENCE_METHODS = ("offset", "index", "uxo")
@@ -81,6 +82,8 @@ class Flux(engine_flux.Flux):
         width = self.spec.vec_in_dim
         y = img.new_zeros(img.shape[0], width) if y is None else y[:, :width]
         hooks = Hooks(control, options, len(self.double_blocks), len(self.single_blocks))
+        if isinstance(self.modulations, HostTable):
+            self.modulations.sigmas = options.get("sample_sigmas")
         return super().forward_orig(img, img_ids, txt, txt_ids, timesteps, y, guidance, attn_mask=attn_mask,
                                     hooks=hooks)
 

@@ -6,11 +6,17 @@ error for it lists what is.
 
 from __future__ import annotations
 
+import logging
 from typing import Any, ClassVar
 
+from ...engine.adapters import Row
+from ...engine.errors import BadInput
+from ..fingerprint import fingerprint
 from ..names import problems
 from . import io
 from .host import here
+
+log = logging.getLogger(__name__)
 
 INT_LIMIT = 2**63 - 1
 GUIDANCE: dict[str, Any] = {"default": 3.5, "min": 0.0, "max": 100.0, "step": 0.1}
@@ -32,10 +38,9 @@ class FileNode(io.ComfyNode):
     KIND: ClassVar[str]
 
     @classmethod
-    def fingerprint_inputs(cls, **widgets: Any) -> list[tuple[str, int, int]]:
+    def fingerprint_inputs(cls, **widgets: Any) -> list[Any]:
         names = [value for key, value in widgets.items() if "_name" in key and value is not None]
-        paths = [here().resolve_file(cls.KIND, name) for name in names]
-        return [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
+        return [fingerprint(here().resolve_file(cls.KIND, name)) for name in names]
 
 
 def _device() -> io.Input:
@@ -147,6 +152,62 @@ class CheckpointLoaderSimple(FileNode):
         return io.NodeOutput(host.load_model(file), host.load_text_encoders([file]), host.load_vae(file))
 
 
+STRENGTH: dict[str, Any] = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}
+
+
+class LoraLoader(FileNode):
+    KIND = "loras"
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoraLoader", display_name="Load LoRA", category="loaders",
+            inputs=[io.Model.Input("model"), io.Clip.Input("clip"), file_input("lora_name", "loras", "A LoRA file."),
+                    io.Float.Input("strength_model", **STRENGTH, tooltip="Of its part for the transformer."),
+                    io.Float.Input("strength_clip", **STRENGTH, tooltip="Of its part for the text encoders.")],
+            outputs=[io.Model.Output(), io.Clip.Output()])
+
+    @classmethod
+    def validate_inputs(cls, lora_name: str | None = None) -> bool | str:
+        return check_files("loras", lora_name)
+
+    @classmethod
+    def execute(cls, model: Any, clip: Any, lora_name: str, strength_model: float, strength_clip: float
+                ) -> io.NodeOutput:
+        model, clip = with_lora(model, clip, Row(lora_name, strength_model, strength_clip))
+        return io.NodeOutput(model, clip)
+
+
+class LoraLoaderModelOnly(FileNode):
+    KIND = "loras"
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoraLoaderModelOnly", display_name="LoraLoaderModelOnly", category="loaders",
+            inputs=[io.Model.Input("model"), file_input("lora_name", "loras", "A LoRA file."),
+                    io.Float.Input("strength_model", **STRENGTH, tooltip="Of its part for the transformer.")],
+            outputs=[io.Model.Output()])
+
+    @classmethod
+    def validate_inputs(cls, lora_name: str | None = None) -> bool | str:
+        return check_files("loras", lora_name)
+
+    @classmethod
+    def execute(cls, model: Any, lora_name: str, strength_model: float) -> io.NodeOutput:
+        return io.NodeOutput(with_lora(model, None, Row(lora_name, strength_model, 0.0))[0])
+
+
+def with_lora(model: Any, clip: Any, row: Row) -> tuple[Any, Any]:
+    """As core's loaders do, what a file holds beyond the known is left out; that is told in a line."""
+    made, text, report = here().with_loras(model, clip, [row], strict=False)
+    refused = next((line for line in report.splitlines() if "NOT APPLIED" in line), None)
+    if refused is not None:
+        raise BadInput(refused.replace("NOT APPLIED: ", ""))
+    log.info("%s", report)
+    return made, text
+
+
 class CLIPTextEncode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -230,4 +291,4 @@ PRIMITIVES = [
 
 LOADER_NODES: list[type[io.ComfyNode]] = [
     UNETLoader, DualCLIPLoader, CLIPLoader, VAELoader, CheckpointLoaderSimple, CLIPTextEncode, CLIPTextEncodeFlux,
-    FluxGuidance, ConditioningZeroOut, *PRIMITIVES]
+    FluxGuidance, ConditioningZeroOut, LoraLoader, LoraLoaderModelOnly, *PRIMITIVES]

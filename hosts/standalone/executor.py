@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ...engine.errors import FluxKitError
+from ...engine.errors import FileChanged, FluxKitError
 from . import io
 from .validation import Checked, Link, Nodes, Prompt, check, label, naming
 
@@ -36,14 +36,18 @@ class Executor:
     """Holds the results of the last run, so that a second run computes only what changed.
 
     `nodes`: classes by type name. `check_interrupt` is called before each node and raises Interrupted to stop.
-    `on_node` is told (node id, its type, place in the order from 0, number of nodes) before a node runs.
+    `on_node` is told (node id, its type, place in the order from 0, number of nodes) before a node runs. `guard` begins
+    a run; what it gives is called before each output node and at the end, and raises FileChanged where a model file is
+    not what it was: then nothing of the run is kept.
     """
 
     def __init__(self, nodes: Nodes, *, check_interrupt: Callable[[], None] = lambda: None,
-                 on_node: Callable[[str, str, int, int], None] = lambda *_: None) -> None:
+                 on_node: Callable[[str, str, int, int], None] = lambda *_: None,
+                 guard: Callable[[], Callable[[], None]] = lambda: lambda: None) -> None:
         self.nodes = nodes
         self._check_interrupt = check_interrupt
         self._on_node = on_node
+        self._guard = guard
         self._cache: dict[str, tuple[Outputs, dict[str, list[Any]] | None]] = {}
 
     def clear(self) -> None:
@@ -61,23 +65,36 @@ class Executor:
         # What this prompt cannot use goes before anything new is loaded: two models need not fit side by side.
         self._cache = {key: value for key, value in self._cache.items() if key in wanted}
         result = Result()
-        with torch.inference_mode():
-            for place, node_id in enumerate(checked.order):
-                self._check_interrupt()
-                key = keys[node_id]
-                if key in self._cache:
-                    result.cached.append(node_id)
-                else:
-                    kind = prompt[node_id]["class_type"]
-                    self._on_node(node_id, kind, place, len(checked.order))
-                    with naming(node_id, label(node_id, prompt[node_id])):
-                        self._cache[key] = self._execute(checked, node_id, result.outputs, extra_pnginfo)
-                    result.executed.append(node_id)
-                outputs, ui = self._cache[key]
-                result.outputs[node_id] = outputs
-                if ui is not None:
-                    result.ui[node_id] = ui
+        try:
+            with torch.inference_mode():
+                self._run(checked, keys, result, extra_pnginfo)
+        except FileChanged:
+            for node_id in result.executed:
+                self._cache.pop(keys[node_id], None)
+            raise
         return result
+
+    def _run(self, checked: Checked, keys: dict[str, str], result: Result, extra_pnginfo: dict[str, Any] | None
+             ) -> None:
+        check_files = self._guard()
+        for place, node_id in enumerate(checked.order):
+            self._check_interrupt()
+            key = keys[node_id]
+            if key in self._cache:
+                result.cached.append(node_id)
+            else:
+                node = checked.prompt[node_id]
+                self._on_node(node_id, node["class_type"], place, len(checked.order))
+                with naming(node_id, label(node_id, node)):
+                    if checked.schemas[node_id].is_output_node:
+                        check_files()
+                    self._cache[key] = self._execute(checked, node_id, result.outputs, extra_pnginfo)
+                result.executed.append(node_id)
+            outputs, ui = self._cache[key]
+            result.outputs[node_id] = outputs
+            if ui is not None:
+                result.ui[node_id] = ui
+        check_files()
 
     def _keys(self, checked: Checked) -> dict[str, str]:
         """A node's key: its type, its inputs, its parents' keys and its fingerprint. Digests, since nested tuples of a

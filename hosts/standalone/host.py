@@ -5,31 +5,41 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from ...engine import sampling
+from ...engine.adapters import Options, Row, Share, norm_share
 from ...engine.errors import BadInput, BadModelFile, FluxKitError, Interrupted, NotFinite
+from ...engine.memory import MODES, TABLE_SHARE, TorchDevice, activations
 from ...engine.models.autoencoder import Autoencoder
 from ...engine.models.clip import ClipText
 from ...engine.models.flux import Flux
+from ...engine.models.modulation import ModulationTable
 from ...engine.models.t5 import T5Encoder
 from ...engine.models.tiling import ROWS, decode_tiled
 from ...engine.models.vision import Redux, SiglipVision, check_pictures, to_pixels
 from ...engine.sampling import Denoiser, cfg_window_in_sigmas, process_out, table_for
 from ...engine.specs import FLUX_AE
 from ...engine.text import TextEncoders, encoder_files, find_tokenizer
-from ...engine.weights import load
+from ...engine.weights import load, open_checkpoint
 from .. import Conditioning, Latent, Metadata, Progress, current
+from ..fingerprint import Watch, fingerprint
+from ..loras import FILES, TEXT_ROLES
+from ..names import place_for
 from . import io as _io
+from . import lora
 from .folders import Folders
 from .images import read_image
+from .memory import Residence, Resident
 from .objects import (
     Clip,
     ClipVision,
@@ -90,20 +100,21 @@ class StandaloneHost:
     """Model folders, one device and dtype, and the engine. Loaded models are shared as long as something holds them.
 
     `progress_bar(total)` makes what reports steps; `save_to(number)` names the file of the n-th saved picture of this
-    host instead of `<output>/<prefix>_00001_.png`.
+    host instead of `<output>/<prefix>_00001_.png`. `tell` hears, line by line, how stages use the device's memory.
     """
 
     name = "standalone"
 
     def __init__(self, folders: Folders, *, device: str = "auto", dtype: str = "auto", memory: str = "auto",
                  progress_bar: ProgressBar | None = None, save_to: Callable[[int], Path] | None = None,
-                 previews: bool = False) -> None:
-        if memory == "stream":
-            raise BadInput("memory 'stream' is not in this version; choose auto, full or cpu")
+                 previews: bool = False, tell: Callable[[str], None] = log.info) -> None:
+        if memory not in MODES:
+            raise BadInput(f"memory {memory!r} is not one of {', '.join(MODES)}")
         self.folders = folders
         self.device = choose_device("cpu" if memory == "cpu" else device)
         self.dtype = choose_dtype(dtype, self.device)
         self.memory = memory
+        self.residence = Residence(TorchDevice(self.device), memory, tell)
         self.saved: list[Path] = []
         self._save_to = save_to
         self._progress_bar = progress_bar
@@ -112,6 +123,7 @@ class StandaloneHost:
         self._interrupt = threading.Event()
         self._named: dict[tuple[str, str], Path] = {}
         self._loaded: WeakValueDictionary[tuple[Any, ...], nn.Module] = WeakValueDictionary()
+        self._watches: WeakKeyDictionary[nn.Module, Watch] = WeakKeyDictionary()
 
     @property
     def io(self) -> ModuleType:
@@ -124,6 +136,9 @@ class StandaloneHost:
     def resolve_file(self, kind: str, name: str) -> Path:
         named = self._named.get((kind, name)) if isinstance(name, str) else None
         return named or self.folders.resolve_file(kind, name)
+
+    def new_file(self, kind: str, name: str) -> Path:
+        return place_for(kind, name, self.folders.roots(kind))
 
     def name_file(self, kind: str, path: Path) -> str:
         """The name by which nodes reach a file that the user named by its path, wherever it lies."""
@@ -151,46 +166,73 @@ class StandaloneHost:
         return read_image(self.resolve_file("input", name))
 
     # -- objects
-    def _module(self, path: Path, role: str, kind: type[M], dtype: torch.dtype, device: torch.device) -> M:
-        """The part `role` of a model file, as it is on disk now; one copy per file, dtype and device."""
-        status = path.stat()
-        key = (str(path), status.st_mtime_ns, status.st_size, role, dtype, device)
+    def _module(self, path: Path, role: str, kind: type[M], dtype: torch.dtype) -> M:
+        """The part `role` of a model file, as it is on disk now, in host memory; one copy per file and dtype."""
+        key = (*fingerprint(path), role, dtype)
         module = self._loaded.get(key)
         if module is None:
             log.info("loading the %s of %s", role, path.name)
-            module = load(path, role, dtype=dtype, device=device)
+            with open_checkpoint(path) as checkpoint:
+                module = load(checkpoint, role, dtype=dtype)
+                if isinstance(module, Flux):
+                    ModulationTable(module, share=TABLE_SHARE)
+                self._watches[module] = Watch((file.path, file.identity) for file in checkpoint.files)
             self._loaded[key] = module
         if not isinstance(module, kind):
             raise BadModelFile(path, f"its {role} is a {type(module).__name__}", expected=kind.__name__)
         return module
 
+    def with_loras(self, model: Model, clip: Clip | None, rows: Sequence[Row], *, mode: str = "auto",
+                   strict: bool = True) -> tuple[Model, Clip | None, str]:
+        made, text, lines = lora.with_loras(
+            model, clip, rows, mode=mode, strict=strict, resolve=partial(self.resolve_file, "loras"),
+            device=self.device, moves=self.residence.moves)
+        return made, text, "\n".join(lines)
+
+    def lora_share(self, model: Model, path: Path) -> Share:
+        return norm_share(model.flux, FILES.read(path, Options(skip_broken=True)))
+
+    def _resident(self, module: nn.Module, role: str, dtype: torch.dtype) -> Resident:
+        return Resident(module, role, dtype, self._watches.get(module, Watch({})))
+
+    def guard(self) -> Callable[[], None]:
+        """For a run that begins: raises FileChanged, when called, if a file was changed that was as loaded at first."""
+        stale = [watch for watch in self._watches.values() if watch.change() is not None]
+
+        def check() -> None:
+            for watch in list(self._watches.values()):
+                if watch not in stale:
+                    watch.check()
+
+        return check
+
     def load_model(self, path: Path) -> Model:
         """MODEL of the transformer in a file (alone or part of an all-in-one)."""
-        return self.wrap_model(self._module(path, "transformer", Flux, self.dtype, self.device), path)
+        return self.wrap_model(self._module(path, "transformer", Flux, self.dtype), path)
 
     def load_text_encoders(self, paths: Sequence[Path], *, device: str | None = None) -> Clip:
         """CLIP from files that together hold CLIP-L and T5, in any order. `device` None: the host's own."""
         found = encoder_files(paths)
         place = self.device if device is None else choose_device(device)
         dtype = self.dtype if place == self.device else choose_dtype("auto", place)
-        clip = self._module(found["clip_l"], "clip_l", ClipText, dtype, place)
-        t5 = self._module(found["t5"], "t5", T5Encoder, dtype, place)
+        clip = self._module(found["clip_l"], "clip_l", ClipText, dtype)
+        t5 = self._module(found["t5"], "t5", T5Encoder, dtype)
         beside = self.folders.roots("text_encoders")
         encoders = TextEncoders(clip, find_tokenizer("clip_l", found["clip_l"], beside),
                                 t5, find_tokenizer("t5", found["t5"], beside))
-        return self.wrap_clip(encoders, found["t5"])
+        return Clip(encoders, found["t5"], dtype, on_cpu=device is not None and place.type == "cpu")
 
     def load_vae(self, path: Path) -> Vae:
         """VAE of the autoencoder in a file."""
-        return self.wrap_vae(self._module(path, "vae", Autoencoder, self._wide_dtype, self.device), path)
+        return self.wrap_vae(self._module(path, "vae", Autoencoder, self._wide_dtype), path)
 
     def load_clip_vision(self, path: Path) -> ClipVision:
         """CLIP_VISION of the SigLIP vision encoder in a file."""
-        return self.wrap_clip_vision(self._module(path, "vision", SiglipVision, self._wide_dtype, self.device), path)
+        return self.wrap_clip_vision(self._module(path, "vision", SiglipVision, self._wide_dtype), path)
 
     def load_style_model(self, path: Path) -> StyleModel:
         """STYLE_MODEL of the Redux projector in a file."""
-        return self.wrap_style_model(self._module(path, "redux", Redux, self._wide_dtype, self.device), path)
+        return self.wrap_style_model(self._module(path, "redux", Redux, self._wide_dtype), path)
 
     @property
     def _wide_dtype(self) -> torch.dtype:
@@ -202,7 +244,7 @@ class StandaloneHost:
         return Model(flux, table_for(flux.spec), Path(path))
 
     def wrap_clip(self, text_encoders: TextEncoders, path: str | Path) -> Clip:
-        return Clip(text_encoders, Path(path))
+        return Clip(text_encoders, Path(path), self.dtype)
 
     def wrap_vae(self, autoencoder: Autoencoder, path: str | Path) -> Vae:
         return Vae(autoencoder, Path(path))
@@ -216,11 +258,22 @@ class StandaloneHost:
     # -- work
     def encode_prompt(self, clip: Clip, clip_text: str, t5_text: str | None = None, guidance: float | None = None,
                       t5_length: int | None = None) -> Conditioning:
-        cond, pooled = clip.encoders.encode(clip_text, t5_text, t5_length=t5_length)
-        values: dict[str, Any] = {"pooled_output": pooled.cpu()}
+        encoders = clip.encoders
+        tokens = len(encoders.tokenize(clip_text, t5_text, t5_length=t5_length).t5)
+        need = max(activations.text_bytes(encoders.t5.spec, tokens, clip.dtype.itemsize),
+                   activations.clip_bytes(encoders.clip.spec, clip.dtype.itemsize))
+        models = [self._resident(encoders.t5, "t5", clip.dtype), self._resident(encoders.clip, "clip_l", clip.dtype)]
+        need += sum(lora.nbytes(clip.loras, role) for role in TEXT_ROLES)
+        place = torch.device("cpu") if clip.on_cpu else self.device
+        moves = self.residence.moves and not clip.on_cpu
+        with (self.residence.running("encode", models, need, on_cpu=clip.on_cpu),
+              lora.carrying_text(clip, moves=moves, device=place)):
+            cond, pooled = encoders.encode(clip_text, t5_text, t5_length=t5_length)
+            cond, pooled = cond.cpu(), pooled.cpu()
+        values: dict[str, Any] = {"pooled_output": pooled}
         if guidance is not None:
             values["guidance"] = guidance
-        return [[cond.cpu(), values]]
+        return [[cond, values]]
 
     def empty_latent(self, width: int, height: int, batch: int = 1, *, channels: int = FLUX_AE.z_channels) -> Latent:
         """LATENT of zeros, each side of the picture divided by 8 and rounded down, as core's nodes do; that is told."""
@@ -237,7 +290,7 @@ class StandaloneHost:
                strength: float = 1.0, shift: float | None = None,
                cfg_window: tuple[float, float] = (0.0, 1.0)) -> Latent:
         if shift is not None:
-            model = Model(model.flux, sampling.FlowTable(mu=shift, entries=model.table.entries), model.path)
+            model = replace(model, table=sampling.FlowTable(mu=shift, entries=model.table.entries))
         sigmas = schedule_sigmas(model, schedule, steps, solver=solver, denoise=denoise, strength=strength,
                                  latent=latent)
         window = cfg_window_in_sigmas(cfg_window, sigmas)
@@ -247,8 +300,6 @@ class StandaloneHost:
     def run_sampler(self, guider: Guider, noise: Noise, solver: str, sigmas: Tensor, latent: Latent) -> Sampled:
         """The sampling loop with progress and interrupts. With cfg 1 the negative prompt is not run."""
         model = guider.model
-        denoiser = Denoiser(model.flux, guider.positive, guider.negative, guider.cfg, guider.cfg_window,
-                            dtype=self.dtype, table=model.table)
         report = self.progress(max(len(sigmas) - 1, 0))
         last: list[Tensor] = []
 
@@ -256,12 +307,25 @@ class StandaloneHost:
             last[:] = [denoised]
             report(step + 1, self._preview(denoised) if self._previews else None)
 
-        samples = sampling.sample(
-            denoiser, checked_samples(latent), sigmas, seed=noise.seed or 0, noise=noise.draw(latent),
-            add_noise=noise.seed is not None,
-            solver=solver, noise_mask=latent.get("noise_mask"), callback=on_step, device=self.device)
+        start = checked_samples(latent)
+        batch, _, height, width = start.shape
+        text = max((len(entry[0][0]) for entry in (*guider.positive, *(guider.negative or []))), default=0)
+        need = activations.sample_bytes(model.flux.spec, 8 * width, 8 * height, batch, text, self.dtype.itemsize)
+        need += lora.nbytes(model.loras, "transformer")
+        lora.check_pictures(model, guider.positive, guider.negative)
+        resident = self._resident(model.flux, "transformer", self.dtype)
+        with (self.residence.running("sample", [resident], need),
+              lora.carrying(model.flux, "transformer", model.loras, mode=model.lora_mode, moves=self.residence.moves,
+                            dtype=self.dtype, device=self.device, mu=model.table.mu) as carried):
+            denoiser = Denoiser(model.flux, guider.positive, guider.negative, guider.cfg, guider.cfg_window,
+                                dtype=self.dtype, table=model.table)
+            samples = sampling.sample(
+                lora.stepped(denoiser, carried, model.loras, start), start, sigmas, seed=noise.seed or 0,
+                noise=noise.draw(latent), add_noise=noise.seed is not None, solver=solver,
+                noise_mask=latent.get("noise_mask"), callback=on_step, device=self.device)
+            last = [denoised.cpu() for denoised in last]
         done = {**latent, "samples": samples}
-        clean = {**latent, "samples": process_out(last[0].float()).to(samples.device)} if last else done
+        clean = {**latent, "samples": process_out(last[0].float())} if last else done
         return Sampled(done, clean)
 
     @torch.no_grad()
@@ -290,15 +354,22 @@ class StandaloneHost:
         channels = vae.autoencoder.spec.z_channels
         if samples.shape[1] != channels:
             raise BadInput(f"this latent has {samples.shape[1]} channels, {vae.path.name} decodes {channels}")
-        weights = next(vae.autoencoder.parameters())
-        rows = tile_size or (ROWS if samples.shape[-1] * samples.shape[-2] > TILED_FROM else None)
+        spec, size = vae.autoencoder.spec, (8 * samples.shape[-1], 8 * samples.shape[-2])
+        resident = self._resident(vae.autoencoder, "vae", self._wide_dtype)
+        strips = activations.strip_bytes(spec, *size, resident.dtype.itemsize, tile_size or ROWS)
+        tiled = tile_size is not None or samples.shape[-1] * samples.shape[-2] > TILED_FROM
+        whole = strips if tiled else activations.decode_bytes(spec, *size, resident.dtype.itemsize)
         pictures = []
-        for item in samples.split(1):  # one at a time: memory stays that of one picture
-            self.check_interrupt()
-            z = item.to(weights.device, weights.dtype)
-            decoded = vae.autoencoder.decode(z) if rows is None else decode_tiled(vae.autoencoder, z, rows=rows)
-            pixels = decoded.float().cpu()
-            pictures.append(((pixels + 1) / 2).clamp(0, 1).movedim(1, -1))  # (1, H, W, 3)
+        with self.residence.running("decode", [resident], whole, strips) as short:
+            weights = next(vae.autoencoder.parameters())
+            for item in samples.split(1):  # one at a time: memory stays that of one picture
+                self.check_interrupt()
+                resident.watch.check()
+                z = item.to(weights.device, weights.dtype)
+                decoded = (decode_tiled(vae.autoencoder, z, rows=tile_size or ROWS) if tiled or short
+                           else vae.autoencoder.decode(z))
+                pixels = decoded.float().cpu()
+                pictures.append(((pixels + 1) / 2).clamp(0, 1).movedim(1, -1))  # (1, H, W, 3)
         image = torch.cat(pictures)
         if not torch.isfinite(image).all():
             raise NotFinite(f"{vae.path.name} decoded to NaN or infinity; nothing was saved. Check the file, or use "
@@ -311,13 +382,16 @@ class StandaloneHost:
         if image.ndim != 4 or image.shape[-1] < 3 or min(image.shape[1:3]) < vae.autoencoder.spec.downscale:
             raise BadInput("a picture must be (batch, height, width, 3) and at least 8 x 8, found "
                            f"{tuple(image.shape)}")
-        weights = next(vae.autoencoder.parameters())
         grid = vae.autoencoder.spec.downscale
         height, width = (side // grid * grid for side in image.shape[1:3])
         top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
         pixels = image[:, top:top + height, left:left + width, :3].movedim(-1, 1) * 2 - 1  # (B, 3, H, W)
-        items = [vae.autoencoder.encode(item.to(weights.device, weights.dtype)).float().cpu()
-                 for item in pixels.split(1)]
+        resident = self._resident(vae.autoencoder, "vae", self._wide_dtype)
+        need = activations.encode_bytes(vae.autoencoder.spec, width, height, resident.dtype.itemsize)
+        with self.residence.running("encode picture", [resident], need):
+            weights = next(vae.autoencoder.parameters())
+            items = [vae.autoencoder.encode(item.to(weights.device, weights.dtype)).float().cpu()
+                     for item in pixels.split(1)]
         latent: Latent = {"samples": torch.cat(items)}
         if mask is not None:
             cut = mask[..., top:top + height, left:left + width] if mask.shape[-2:] == image.shape[1:3] else mask
@@ -329,12 +403,15 @@ class StandaloneHost:
         """One picture at a time: memory stays that of one."""
         vision = clip_vision.vision
         check_pictures(image, vision.spec.image_size, crop)
-        weights = next(vision.parameters())
+        resident = self._resident(vision, "vision", self._wide_dtype)
         states = []
-        for item in image.split(1):
-            self.check_interrupt()
-            pixels = to_pixels(item.to(weights.device).float(), vision.spec, crop)
-            states.append(vision(pixels.to(weights.dtype)).float().cpu())
+        with self.residence.running("see", [resident],
+                                    activations.vision_bytes(vision.spec, resident.dtype.itemsize)):
+            weights = next(vision.parameters())
+            for item in image.split(1):
+                self.check_interrupt()
+                pixels = to_pixels(item.to(weights.device).float(), vision.spec, crop)
+                states.append(vision(pixels.to(weights.dtype)).float().cpu())
         seen = torch.cat(states)
         if not torch.isfinite(seen).all():
             raise NotFinite(f"{clip_vision.path.name} gave NaN or infinity for this picture. Check the file, or use "
@@ -343,8 +420,11 @@ class StandaloneHost:
 
     @torch.no_grad()
     def style_tokens(self, style_model: StyleModel, states: Tensor) -> Tensor:
-        weights = next(style_model.redux.parameters())
-        tokens: Tensor = style_model.redux(states.to(weights.device, weights.dtype)).float().cpu()
+        resident = self._resident(style_model.redux, "redux", self._wide_dtype)
+        need = 4 * resident.dtype.itemsize * states.shape[:-1].numel() * style_model.redux.spec.hidden_size
+        with self.residence.running("style", [resident], need):
+            weights = next(style_model.redux.parameters())
+            tokens: Tensor = style_model.redux(states.to(weights.device, weights.dtype)).float().cpu()
         if not torch.isfinite(tokens).all():
             raise NotFinite(f"{style_model.path.name} gave NaN or infinity. Check the file, or use --dtype fp32")
         return tokens
@@ -377,6 +457,11 @@ class StandaloneHost:
                 bar(value, preview)
 
         return report
+
+    def show(self, text: str) -> None:
+        """As warnings, which are what a command line shows."""
+        for line in text.splitlines():
+            log.warning("%s", line)
 
     def interrupt(self) -> None:
         """Ask the run to stop at its next step; may be called from another thread or a signal handler."""

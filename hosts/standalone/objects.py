@@ -21,24 +21,32 @@ from ...engine.models.vision import Redux, SiglipVision
 from ...engine.sampling import FlowTable, image_seq_len, ksampler_sigmas, make_noise
 from ...engine.specs import FLUX_AE
 from ...engine.text import TextEncoders
+from ..loras import Chosen
 from .images import MAX_FRAMES, MAX_PIXELS
 
 
 @dataclass(frozen=True)
 class Model:
-    """MODEL: the transformer with the table of sigmas its schedules read. `path` is for messages."""
+    """MODEL: the transformer with the table of sigmas its schedules read, and LoRAs that are put on while it runs.
+    `path` is for messages; `lora_mode` as in `attach`."""
 
     flux: Flux
     table: FlowTable
     path: Path
+    loras: tuple[Chosen, ...] = ()
+    lora_mode: str = "auto"
 
 
 @dataclass(frozen=True)
 class Clip:
-    """CLIP: both text encoders with their tokenizers."""
+    """CLIP: both text encoders with their tokenizers, and LoRAs that are put on while they run. `on_cpu`: they run
+    there, whatever the host's device."""
 
     encoders: TextEncoders
     path: Path
+    dtype: torch.dtype = torch.float32
+    on_cpu: bool = False
+    loras: tuple[Chosen, ...] = ()
 
 
 @dataclass(frozen=True)

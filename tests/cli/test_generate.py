@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lora_files
 import numpy as np
 import pytest
+from budget import Budget
 from family import Family
 from flux_kit.cli import main
 from flux_kit.hosts.standalone.host import StandaloneHost
@@ -93,6 +95,29 @@ def test_parts_are_found_by_role(models: Path, capsys: pytest.CaptureFixture[str
     assert np.array_equal(pixels("o.png"), pixels("p.png"))
 
 
+def test_every_memory_mode_gives_the_same_picture(capsys: pytest.CaptureFixture[str]) -> None:
+    for memory in ("auto", "full", "stream", "cpu"):
+        answer = generate(capsys, *FAST, "-o", f"{memory}.png", "--memory", memory)
+        assert answer["code"] == 0 and ("blocks stream" in answer["err"]) == (memory == "stream")
+        assert np.array_equal(pixels(f"{memory}.png"), pixels("auto.png"))
+
+
+@pytest.mark.parametrize(("budget", "code"), [(1_200_000, 1), (9_500_000, 0)])
+def test_a_small_device_streams_or_is_told_before_anything_is_loaded(
+        budget: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    device = Budget(budget)
+    monkeypatch.setattr("flux_kit.hosts.standalone.host.TorchDevice", lambda _: device)
+    answer = generate(capsys, *FAST, "-o", "o.png")
+    assert answer["code"] == code and device.peak <= budget
+    if code:
+        assert answer["error"]["type"] == "NotEnoughMemory" and "missing" in answer["error"]["message"]
+        assert device.taken == [] and not Path("o.png").exists()
+    else:
+        assert "blocks stream" in answer["err"]
+        generate(capsys, *FAST, "-o", "plain.png", "--memory", "cpu")
+        assert np.array_equal(pixels("o.png"), pixels("plain.png"))
+
+
 def test_an_all_in_one_file_needs_nothing_else(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = models / "checkpoints" / "flux1-schnell-fp8.safetensors"
     answer = generate(capsys, "--model", str(path), "--width", "32", "--height", "32", "-o", "o.png")
@@ -173,3 +198,29 @@ def test_what_cannot_be_written_is_told_before_anything_is_read(words: list[str]
     assert answer["code"] == 1 and "absent" not in answer["error"]["message"]
     assert answer["err"].count("\n") == 1 and Path(answer["error"]["file"]).name in " ".join(words)
     assert sorted(path.name for path in Path().rglob("*")) == ["file", "there.png"]
+
+
+def test_loras_change_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By path and by name, several of them, on transformer and text encoders; and nothing is left of them."""
+    lora_files.write(tmp_path / "loras")
+    plain = ["generate", *FAST][1:]
+    outs = {}
+    for name, loras in (("none", []), ("one", ["--lora", "loras/kohya.safetensors:0.7"]),
+                        ("named", ["--lora", "kohya.safetensors:0.7"]), ("off", ["--lora", "kohya.safetensors:0"]),
+                        ("two", ["--lora", "kohya.safetensors:0.7", "--lora", "text.safetensors"])):
+        answer = generate(capsys, *plain, *loras, "--models", ".", "-o", f"{name}.png")
+        assert answer["code"] == 0, answer
+        assert ("on model: 5" in answer["err"]) == (name in ("one", "named", "two")), answer["err"]
+        outs[name] = pixels(f"{name}.png")
+    assert np.array_equal(outs["one"], outs["named"]) and np.array_equal(outs["none"], outs["off"])
+    assert not np.array_equal(outs["one"], outs["none"]) and not np.array_equal(outs["one"], outs["two"])
+
+
+@pytest.mark.parametrize("lora, code, says", [
+    ("bad sdxl.safetensors:1", 1, "SDXL"), ("kohia.safetensors", 1, "near: kohya.safetensors"),
+    ("kohya.safetensors:nan", 2, "finite"), ("bad cut.safetensors", 1, "incomplete")])
+def test_bad_loras(tmp_path: Path, capsys: pytest.CaptureFixture[str], lora: str, code: int, says: str) -> None:
+    lora_files.write(tmp_path / "loras")
+    answer = generate(capsys, *FAST, "--models", ".", "--lora", lora, "-o", "o.png")
+    assert (answer["code"], answer["ok"]) == (code, False) and says in answer["error"]["message"]
+    assert not (tmp_path / "o.png").exists()

@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import quants
 from torch import Tensor
 
-GGML = [name for name in FORMATS if not name.startswith(("F8_", "NF4", "FP4")) and name != "Q8_K"]
+GGML = [name for name in FORMATS if name in Type.__members__ and name != "Q8_K"]
 """Types that gguf-py can unpack."""
 QUANTISED = [name for name in GGML if name not in ("F32", "F16", "BF16")]
 

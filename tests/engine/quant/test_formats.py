@@ -155,8 +155,9 @@ def test_scales_that_are_no_numbers_are_found(name: str, bad: int) -> None:
 
 @pytest.fixture
 def without_gguf(monkeypatch: pytest.MonkeyPatch) -> None:
-    codebooks._book.cache_clear()
-    codebooks._seven_bit_signs.cache_clear()
+    for made in vars(codebooks).values():
+        if hasattr(made, "cache_clear"):
+            made.cache_clear()
     monkeypatch.setitem(sys.modules, "gguf", None)
 
 

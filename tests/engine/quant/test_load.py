@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import struct
 import sys
@@ -17,13 +18,14 @@ from flux_kit.engine.errors import BadModelFile, FluxKitError, NotFinite
 from flux_kit.engine.models.clip import ClipText
 from flux_kit.engine.models.flux import Flux
 from flux_kit.engine.models.t5 import T5Encoder
-from flux_kit.engine.quant import FORMATS, Embedding, Linear, codebooks
+from flux_kit.engine.quant import FORMATS, Embedding, Linear, QuantFormat, codebooks
 from flux_kit.engine.specs import ClipTextSpec, FluxSpec, T5Spec
 from flux_kit.engine.weights import detect, load, open_checkpoint, to_diffusers
 from gguf_files import GGML, quantise, random_blocks, unpack, write_gguf
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+loading = sys.modules["flux_kit.engine.weights.load"]
 FLUX = FluxSpec(hidden_size=256, num_heads=2, depth=1, depth_single_blocks=1, context_in_dim=256, vec_in_dim=256)
 MATRICES = 23
 T5 = T5Spec(vocab_size=300, d_model=256, d_kv=64, num_heads=4, d_ff=512, num_layers=2)
@@ -390,12 +392,62 @@ def test_a_scale_that_is_no_number_is_named(tmp_path: Path, name: str) -> None:
     assert name in message
 
 
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K", "IQ1_M", "MXFP4"])
+def test_a_layer_of_a_large_file_names_it_when_it_is_first_used(
+        tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A strict load reads no scales of layers beyond a bound; a picture is not to be had from them either."""
+    monkeypatch.setattr(loading, "CHECKED_AT_LOAD", 0)
+    stored, _ = pack(state_of(Flux, FLUX), lambda _: name)
+    packed = stored[BAD][0].copy()
+    nbytes = FORMATS[name].nbytes
+    packed[3, -nbytes:] = 255  # the last block of a row
+    stored[BAD] = packed, name
+    path = write_gguf(tmp_path / "flux.gguf", stored)
+    model = load(path, "transformer")
+    for _ in range(2):
+        with pytest.raises(NotFinite) as caught:
+            model(**flux_inputs(FLUX))
+        assert BAD in str(caught.value)
+        assert "flux.gguf" in str(caught.value)
+        assert caught.value.file == str(path)
+    with pytest.raises(NotFinite, match="flux"):
+        copy.deepcopy(model).double_blocks[0].img_mlp[0](torch.zeros(1, 256))
+
+
+def test_layers_of_a_large_file_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "CHECKED_AT_LOAD", 100_000)
+    looked: list[int] = []
+    is_finite = QuantFormat.is_finite
+    monkeypatch.setattr(QuantFormat, "is_finite", lambda self, packed: (looked.append(packed.nbytes),
+                                                                        is_finite(self, packed))[1])
+    stored, numbers = pack(state_of(Flux, FLUX), lambda _: "Q8_0")
+    model = load(write_gguf(tmp_path / "flux.gguf", stored), "transformer")
+    early, all_of_it = sum(looked), sum(value[0].nbytes for value in stored.values() if isinstance(value, tuple))
+    assert 0 < early <= 100_000
+    same_pictures(model, numbers)
+    same_pictures(model, numbers)
+    assert sum(looked) == all_of_it
+
+
+def test_an_embedding_of_a_large_file_is_looked_at_where_it_is_read(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "CHECKED_AT_LOAD", 0)
+    stored, _ = pack(state_of(T5Encoder, T5), lambda name: None if "relative" in name else "Q8_0")
+    packed = stored["shared.weight"][0].copy()
+    packed[7, :2] = (0, 0x7E)
+    stored["shared.weight"] = packed, "Q8_0"
+    table = load(write_gguf(tmp_path / "t5.gguf", stored), "t5").shared
+    assert table(torch.tensor([[6, 8]])).isfinite().all()
+    with pytest.raises(NotFinite, match="shared"):
+        table(torch.tensor([[6, 7]]))
+
+
 def test_a_scale_of_fp8_that_is_no_number_is_named(tmp_path: Path) -> None:
     stored, _ = fp8_state(state_of(Flux, FLUX), torch.float8_e4m3fn, {})
     stored["img_in.scale_weight"] = torch.tensor(float("nan"))
     save_file(stored, tmp_path / "flux.safetensors")
     assert "img_in" in refused(tmp_path / "flux.safetensors", NotFinite)
-    stored["img_in.scale_weight"] = torch.ones(256, 1)
+    stored["img_in.scale_weight"] = torch.ones(128, 1)
     save_file(stored, tmp_path / "flux.safetensors")
     assert "img_in.scale_weight" in refused(tmp_path / "flux.safetensors")
 
@@ -436,8 +488,9 @@ def test_a_row_of_no_whole_blocks_is_refused(tmp_path: Path) -> None:
 def test_codebooks_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored, _ = pack(state_of(Flux, FLUX), lambda _: "IQ2_XS")
     path = write_gguf(tmp_path / "flux.gguf", stored)
-    codebooks._book.cache_clear()
-    codebooks._seven_bit_signs.cache_clear()
+    for made in vars(codebooks).values():
+        if hasattr(made, "cache_clear"):
+            made.cache_clear()
     monkeypatch.setitem(sys.modules, "gguf", None)
     message = refused(path, FluxKitError)
     assert "IQ2_XS" in message

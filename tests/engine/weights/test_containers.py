@@ -170,6 +170,15 @@ def test_shards_open_by_their_index_and_by_their_folder(tmp_path: Path) -> None:
             check_shards(checkpoint)
 
 
+def test_an_index_may_say_more(tmp_path: Path) -> None:
+    index = write_shards(tmp_path / "transformer")
+    text = json.loads(index.read_text())
+    text = {"a": [1, -2.5e3, None, {"b": [[], {}]}], **text, "metadata": {"total_size": 1, "é\n": "\u2028"}, "z": False}
+    index.write_text(" " + json.dumps(text, indent=2) + "\r\n")
+    with open_checkpoint(index) as checkpoint:
+        check_shards(checkpoint)
+
+
 FIRST, SECOND = "m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"
 BAD_MAPS = {
     "a shard that is not there": ({"a.weight": FIRST, "b": FIRST, "c": "m-00003.safetensors"}, "shard is missing"),
@@ -199,9 +208,57 @@ def test_indexes_that_lie_are_refused(tmp_path: Path, kind: str) -> None:
     assert "weight_map" in str(error.value)
 
 
+@pytest.mark.parametrize("other", ["./m-00002-of-00002.safetensors", "M-00002-OF-00002.safetensors"])
+def test_a_shard_under_two_names_is_refused(tmp_path: Path, other: str) -> None:
+    """Its tensors would count twice; where case matters, there is no such file."""
+    index = write_shards(tmp_path / "transformer", {"a.weight": FIRST, "b": FIRST, "c": SECOND, "d": other})
+    with pytest.raises(BadModelFile, match=r"do not belong|shard is missing"):
+        open_checkpoint(index)
+
+
+def test_links_of_a_download_cache_are_followed(tmp_path: Path) -> None:
+    """Hugging Face's cache keeps files elsewhere, and links to them beside the index."""
+    index = write_shards(tmp_path / "snapshot")
+    (tmp_path / "blobs").mkdir()
+    try:
+        for name in (FIRST, SECOND, index.name):
+            (index.parent / name).rename(tmp_path / "blobs" / f"{name}.blob")
+            (index.parent / name).symlink_to(tmp_path / "blobs" / f"{name}.blob")
+    except OSError:
+        pytest.skip("no links here")
+    with open_checkpoint(index.parent) as checkpoint:
+        check_shards(checkpoint)
+
+
+def test_a_link_to_itself_and_a_folder_called_like_a_file_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(BadModelFile, match="no model"):
+        open_checkpoint(tmp_path / "folder.safetensors")
+    try:
+        (tmp_path / "loop.safetensors").symlink_to(tmp_path / "loop.safetensors")
+    except OSError:
+        pytest.skip("no links here")
+    with pytest.raises(FluxKitError, match=r"loop\.safetensors"):
+        open_checkpoint(tmp_path / "loop.safetensors")
+
+
+@pytest.mark.parametrize(("shard", "word"), [(b"", "incomplete download"), (b"GGUF\x03\0\0\0" + bytes(24), "GGUF"),
+                                             (pickle.dumps([1.0] * 9, 2), "pickle")])
+def test_a_damaged_shard_is_named(tmp_path: Path, shard: bytes, word: str) -> None:
+    index = write_shards(tmp_path / "transformer")
+    (index.parent / SECOND).write_bytes(shard)
+    with pytest.raises(BadModelFile, match=word) as error:
+        open_checkpoint(index)
+    assert SECOND in str(error.value)
+
+
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"{}", b'{"weight_map": []}', b'{"weight_map": {"a": 1}}',
                                   b'{"weight_map": {"a": "x.sft", "a": "y.sft"}}', b"\xff\xfe", b"[" * 200_000,
-                                  b'{"weight_map":' * 50_000, b"9" * 10_000])
+                                  b'{"weight_map":' * 50_000, b"9" * 10_000,
+                                  b'{"weight_map":{"a":"x.sft"},"weight_map":{"a":"x.sft"}}',
+                                  b'{"metadata":{"a":[1,}],"weight_map":{}}', b'{"weight_map":{}} x',
+                                  b'{"metadata":' + b"[" * 50 + b"]" * 50 + b',"weight_map":{}}',
+                                  b'{"weight_map":{"\\ud800":"x.sft"}}'])
 def test_damaged_indexes_are_refused(tmp_path: Path, text: bytes) -> None:
     index = tmp_path / "m.safetensors.index.json"
     index.write_bytes(text)

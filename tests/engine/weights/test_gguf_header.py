@@ -97,6 +97,43 @@ def test_every_type_has_gguf_s_number_and_size(tmp_path: Path) -> None:
             assert (info.format, info.shape, info.nbytes) == (kind.name, (3, block), 3 * size)
 
 
+@pytest.mark.parametrize(("number", "name", "block", "size"), [(9, "Q8_1", 32, 36), (41, "Q1_0", 128, 18)])
+def test_types_that_no_weights_are_stored_in_open(tmp_path: Path, number: int, name: str, block: int,
+                                                  size: int) -> None:
+    """llama.cpp keeps activations in one of them; both have sizes, so files with them are well-formed."""
+    names = ("img_in.weight", "txt_in.weight", "time_in.in_layer.weight", "vector_in.in_layer.weight")
+    step = -(-64 * size // 32) * 32
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf_bytes([tensor(key, (block, 64), number, i * step) for i, key in enumerate(names)],
+                                data=4 * step))
+    with open_checkpoint(path) as checkpoint:
+        assert {(info.format, info.shape, info.nbytes) for info in checkpoint.values()} == {
+            (name, (64, block), 64 * size)}
+        assert checkpoint["img_in.weight"].read().shape == (64 * size,)
+
+
+@pytest.mark.parametrize(("number", "name"), sorted(gguf_header.REMOVED.items()))
+def test_types_that_ggml_has_dropped_are_refused_by_name(tmp_path: Path, number: int, name: str) -> None:
+    """As llama.cpp refuses them: they have no size there any more."""
+    message = refused(tmp_path, gguf_bytes([tensor("a", (32,), number, 0)], data=128))
+    assert f"'a' is stored as {name}, a type that ggml has dropped" in message
+    assert "Q4_K" in message  # what to use
+
+
+def test_alignment_may_be_nothing_but_a_number_of_32_bits(tmp_path: Path) -> None:
+    for kind, value in ((8, text("32")), (9, struct.pack("<IQI", 4, 1, 32)), (5, struct.pack("<i", 32))):
+        assert "general.alignment" in refused(tmp_path, gguf_bytes(entries=[entry("general.alignment", kind, value)]))
+
+
+def test_texts_too_long_to_keep_are_read_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_header, "MAX_TEXT_BYTES", 10)
+    checkpoint = opened(tmp_path, gguf_bytes(entries=[
+        entry("a", 8, text("12345")), entry("b", 8, text("1234567890")), entry("c", 8, text("é"))]))
+    assert checkpoint.metadata == {"a": "12345"}
+    assert checkpoint.arrays["b"].read() == ["1234567890"]
+    assert checkpoint.arrays["c"].read() == ["é"]
+
+
 def test_oddities_that_are_well_formed(tmp_path: Path) -> None:
     assert len(opened(tmp_path, gguf_bytes())) == 0
     assert len(opened(tmp_path, gguf_bytes(version=2))) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import struct
 import tracemalloc
 from pathlib import Path
@@ -196,7 +197,10 @@ def test_malformed_files_are_refused_by_name(file: Path, kind: str) -> None:
     (b"", "incomplete download"), (b"\x10\x00\x00", "incomplete download"), (b"\x00" * 64, "header length"),
     (struct.pack("<Q", MAX_HEADER_BYTES + 1) + b"{}", "header length"), (b"\xff" * 16, "header length"),
     (b"GGUF\x03\x00\x00\x00" + b"\x00" * 16, "GGUF"), (b"PK\x03\x04\x00\x00\x08\x08" + b"\x00" * 16, "pickle"),
-    (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "pickle"), (b"<!DOCTYPE html><html></html>", "web page"),
+    (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "pickle"),
+    *((pickle.dumps({"weight": [1.0] * n}, protocol), "pickle.*save_file")
+      for protocol in (2, 3, 4, 5) for n in (1, 9)),
+    (b"<!DOCTYPE html><html></html>", "web page"),
     (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
     (struct.pack("<Q", 1000) + b"{" + b" " * 500, "incomplete download"),
 ])

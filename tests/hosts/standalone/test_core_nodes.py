@@ -22,6 +22,8 @@ from PIL import Image
 
 # id -> inputs in the order that decides which widget value is which in saved workflows; "*" is a socket
 CORE = {
+    "LoraLoader": "*model *clip lora_name strength_model strength_clip -> MODEL CLIP",
+    "LoraLoaderModelOnly": "*model lora_name strength_model -> MODEL",
     "UNETLoader": "unet_name weight_dtype -> MODEL",
     "DualCLIPLoader": "clip_name1 clip_name2 type device -> CLIP",
     "CLIPLoader": "clip_name type device -> CLIP",

@@ -1,0 +1,210 @@
+"""One double and one single block at full width with LoRAs on every layer, on bf16 and on Q4_K weights.
+
+    python -P benchmarks/lora.py [--base bf16 Q4_K] [--tokens 512 1280] [--runs N] [--rank R]
+
+One thread, process CPU time, minimum of interleaved runs: what other jobs on the machine disturb least. Two identical
+baselines are timed; what they differ by is noise. Report ratios; milliseconds depend on the machine.
+
+`side path`: as LoRAs are applied to packed weights, one concatenated product for all of them. `merge each forward`:
+what loaders do that keep a list of patches with each layer: its weight is made anew in every step, in fp32, and used
+once. It is timed in the first rounds only. Weights merged once cost nothing per step and stand in no row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from flux_kit.engine.adapters import Entry, Lora, attach, read_lora
+from flux_kit.engine.convert import encode
+from flux_kit.engine.models.flux import Flux
+from flux_kit.engine.models.ops import PLAIN
+from flux_kit.engine.quant import FORMATS, Linear
+from flux_kit.engine.specs import FLUX_DEV
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+SPEC = replace(FLUX_DEV, depth=1, depth_single_blocks=1)
+H = SPEC.hidden_size
+TEXT = {512: 256, 1280: 256}
+DTYPE = torch.bfloat16
+MANY = 8
+MERGE_ROUNDS = 3
+GOALS = {"side path, 1": 1.05, "side path, 8": 1.25}
+PACKED_TILE = 1 << 20
+
+
+def filled() -> Flux:
+    """Weights that keep activations near unit variance."""
+    with torch.device("meta"):
+        model = Flux(SPEC)
+    model = model.to(DTYPE).to_empty(device="cpu").eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.fill_(0.5)
+        else:
+            parameter.uniform_(-1, 1).mul_((3 / parameter.shape[1]) ** 0.5)
+    return model
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    return {name: layer for name, layer in model.named_modules()
+            if isinstance(layer, nn.Linear) and "_blocks." in name}
+
+
+def replaced(model: Flux, make: Callable[[str, nn.Module], nn.Module], kind: type[nn.Module] = nn.Linear) -> Flux:
+    """The same model with other layers in its blocks; all that is not replaced is shared."""
+    with torch.device("meta"):
+        other = Flux(SPEC).eval()
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        setattr(other.get_submodule(owner), leaf, parameter)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, kind) and "_blocks." in name:
+            owner, _, leaf = name.rpartition(".")
+            setattr(other.get_submodule(owner), leaf, make(name, layer))
+    return other.requires_grad_(False)
+
+
+def packed(type: str) -> Callable[[str, nn.Module], nn.Module]:
+    """Layers of packed weights: one tile, repeated, of deviation `1 / sqrt(in)`."""
+    format = FORMATS[type]
+    tile = encode(torch.randn(PACKED_TILE // H, H, generator=torch.Generator().manual_seed(0)) / H ** 0.5, type)
+
+    def make(_: str, layer: nn.Module) -> nn.Module:
+        assert isinstance(layer, nn.Linear)
+        made = Linear(layer.in_features, layer.out_features, format=format)
+        size = made.weight.numel()
+        flat = tile.flatten().repeat(-(-size // tile.numel()))[:size]
+        made.weight = nn.Parameter(flat.view(made.weight.shape), requires_grad=False)
+        made.bias = nn.Parameter(layer.bias.data, requires_grad=False)
+        return made
+
+    return make
+
+
+def shared(_: str, layer: nn.Module) -> nn.Module:
+    """A layer of its own with the same tensors, so that what is attached to it is attached to no other."""
+    if isinstance(layer, nn.Linear):
+        with torch.device("meta"):
+            made: nn.Module = PLAIN.Linear(layer.in_features, layer.out_features)
+    else:
+        assert isinstance(layer, Linear)
+        made = Linear(layer.in_features, layer.out_features, format=layer.format, device="meta")
+    for name, parameter in layer.named_parameters(recurse=False):
+        setattr(made, name, parameter)
+    return made
+
+
+class MergeEachForward(nn.Module):
+    """A layer whose weight is put together in every forward: unpacked, patched in fp32, rounded, used, dropped."""
+
+    def __init__(self, layer: nn.Module, patches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.layer, self.patches = layer, patches
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        weight: Tensor = (layer.unpacked(slice(None), x.dtype) if isinstance(layer, Linear)
+                          else layer.weight)  # type: ignore[assignment]
+        total = weight.float()
+        for down, up in self.patches:
+            total += up.float() @ down.float()
+        return F.linear(x, total.to(x.dtype), layer.bias.to(x.dtype))  # type: ignore[union-attr, operator]
+
+
+def loras(model: Flux, folder: Path, rank: int) -> list[Lora]:
+    """LoRA files for every layer of the two blocks."""
+    made = []
+    for number in range(MANY):
+        torch.manual_seed(number)
+        tensors: dict[str, Tensor] = {}
+        for name, layer in linears(model).items():
+            stem = "lora_unet_" + name.replace(".", "_")
+            tensors[f"{stem}.lora_down.weight"] = (torch.randn(rank, layer.in_features) / H ** 0.5).to(DTYPE)
+            tensors[f"{stem}.lora_up.weight"] = (torch.randn(layer.out_features, rank) * 0.01).to(DTYPE)
+        save_file(tensors, folder / f"{number}.safetensors")
+        made.append(read_lora(folder / f"{number}.safetensors"))
+    return made
+
+
+def patched(found: Lora, kind: type[nn.Module], model: Flux) -> Flux:
+    of = {adapter.destination.module: adapter.factors for adapter in found.adapters}
+    return replaced(model, lambda name, layer: MergeEachForward(layer, [(of[name]["down"], of[name]["up"])]), kind)
+
+
+def runs(base: str, model: Flux, found: Sequence[Lora], tokens: int) -> dict[str, Callable[[], object]]:
+    kind = nn.Linear if base == "bf16" else Linear
+    models = {"no LoRA": model, "no LoRA again": model}
+    for count in (1, MANY):
+        models[f"side path, {count}"] = replaced(model, shared, kind)
+        attach(models[f"side path, {count}"], [Entry(lora) for lora in found[:count]], mode="side", dtype=DTYPE)
+    models["merge each forward, 1"] = patched(found[0], kind, model)
+    text = TEXT[tokens]
+    img, txt = torch.randn(1, tokens - text, H, dtype=DTYPE), torch.randn(1, text, H, dtype=DTYPE)
+    joined, vec = torch.cat((txt, img), 1), torch.randn(1, H, dtype=DTYPE)
+    pe = model.pe_embedder(torch.zeros(1, tokens, 3))
+
+    def block(one: Flux) -> Callable[[], object]:
+        return lambda: (one.double_blocks[0](img=img, txt=txt, vec=vec, pe=pe),
+                        one.single_blocks[0](joined, vec=vec, pe=pe))
+    return {name: block(one) for name, one in models.items()}
+
+
+def seconds(run: Callable[[], object]) -> float:
+    began = time.process_time()
+    run()
+    return time.process_time() - began
+
+
+def measured(table: Mapping[str, Callable[[], object]], count: int) -> dict[str, float]:
+    best = dict.fromkeys(table, float("inf"))
+    for turn in range(count):
+        for name, run in table.items():
+            if turn < MERGE_ROUNDS or not name.startswith("merge"):
+                best[name] = min(best[name], seconds(run))
+    return best
+
+
+def show(base: str, tokens: int, best: Mapping[str, float]) -> dict[str, float]:
+    """Prints one table; what each row takes more than none, in seconds."""
+    plain = min(best["no LoRA"], best["no LoRA again"])
+    noise = abs(best["no LoRA"] - best["no LoRA again"]) / plain
+    print(f"\n{base}, {tokens} tokens; two identical baselines differ by {noise:.2%}", flush=True)
+    for name, value in best.items():
+        goal = GOALS.get(name)
+        verdict = "" if goal is None else f"  goal {goal:.2f} x: {'met' if value / plain <= goal else 'MISSED'}"
+        print(f"  {name:24} {value * 1e3:8.0f} ms  {value / plain:6.3f} x  +{(value - plain) * 1e3:6.0f} ms{verdict}",
+              flush=True)
+    return {name: value - plain for name, value in best.items()}
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", nargs="+", choices=["bf16", "Q4_K", "Q8_0"], default=["bf16", "Q4_K"])
+    parser.add_argument("--tokens", nargs="+", type=int, choices=list(TEXT), default=list(TEXT))
+    parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--rank", type=int, default=16)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    plain = filled()
+    models = {base: plain if base == "bf16" else replaced(plain, packed(base)) for base in options.base}
+    with tempfile.TemporaryDirectory() as folder:
+        found = loras(plain, Path(folder), options.rank)
+        for tokens in options.tokens:
+            more = {base: show(base, tokens, measured(runs(base, model, found, tokens), options.runs))
+                    for base, model in models.items()}
+            for name in GOALS if len(more) > 1 else ():
+                added = ", ".join(f"{times[name] * 1e3:.0f} ms on {base}" for base, times in more.items())
+                print(f"  added by {name}: {added}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""One adapter of one layer: which rows, what algorithm, its tensors as stored, and what they come to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .algorithms import ON_BIAS, Algorithm, Factors, algorithm, decomposed, decomposed_terms
+from .terms import Bias, LowRank, RowScale, Term
+from .vocabulary import Destination
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """`factors`: role -> tensor as stored. `scale`: alpha / rank and the like; for OFT the constraint. `keys`: the
+    names in the file. `size`: (out, in) of what it changes, None where any fits."""
+
+    destination: Destination
+    algorithm: str
+    factors: Mapping[str, Tensor] = field(repr=False)
+    scale: float
+    rank: int | None
+    alpha: float | None
+    keys: tuple[str, ...] = field(repr=False)
+    size: tuple[int | None, int | None]
+
+    @property
+    def row(self) -> Algorithm:
+        return algorithm(self.algorithm)
+
+    @property
+    def on_bias(self) -> bool:
+        return self.algorithm in ON_BIAS
+
+    def numbers(self, dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
+        """The factors in `dtype`, matrices with two axes."""
+        return {role: _flat(tensor).to(device=device).to(dtype) if role not in ("oft", "on_input")
+                else tensor.to(device=device).to(dtype) for role, tensor in self.factors.items()}
+
+    def change(self, weight: Tensor, strength: float = 1.0) -> Tensor:
+        """What is to be added to `weight`, the rows meant `(out, in)` of the base's weight, or a vector: its dtype and
+        device. Columns that the adapter lacks (`img_in` of wider models) stay as they are."""
+        factors = self.numbers(weight.dtype, weight.device)
+        base = swapped(weight) if self.destination.swapped else weight
+        width = self.size[1]
+        narrow = weight.ndim == 2 and width is not None and width < weight.shape[1]
+        base = base[:, :width] if narrow else base
+        change = self._raw(factors, base, strength).reshape(base.shape)
+        if narrow:
+            change = torch.nn.functional.pad(change, (0, weight.shape[1] - change.shape[1]))
+        return swapped(change) if self.destination.swapped else change
+
+    def _raw(self, factors: Factors, base: Tensor, strength: float) -> Tensor:
+        if self.row.at is not None:
+            return self.row.at(factors, self.scale, base, strength)
+        delta = self.row.delta(factors, self.scale, base)
+        delta = decomposed(factors["magnitude"], delta, base) if "magnitude" in factors else delta
+        return delta if strength == 1 else delta * strength
+
+    def terms(self, weight: Callable[[], Tensor], width: int, dtype: torch.dtype, device: torch.device | str
+              ) -> list[Term] | None:
+        """The same added to the layer's output, None if only a changed weight will do.
+
+        `weight()`: the rows meant, in `dtype`; asked only by those that need the base's numbers. `width`: of the layer.
+        """
+        if self.size[1] not in (None, width) and (self.algorithm != "LoRA" or "magnitude" in self.factors):
+            return None  # these would have to leave the columns alone that they do not know
+        factors = self.numbers(dtype, device)
+        base = (lambda: swapped(weight())) if self.destination.swapped else weight
+        terms = self.row.terms(factors, self.scale, base)
+        if "magnitude" in factors:
+            # the change alone needs no base: magnitudes stand beside LoRA, LoHa and LoKr only
+            terms = decomposed_terms(factors["magnitude"], terms,
+                                     lambda: self.row.delta(factors, self.scale, factors["magnitude"]), base)
+        return _swapped_terms(terms) if self.destination.swapped and terms is not None else terms
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.flatten(1) if tensor.ndim > 2 else tensor
+
+
+def swapped(rows: Tensor) -> Tensor:
+    """Both halves of the rows in the other order."""
+    return torch.cat(rows.chunk(2)[::-1])
+
+
+def _swapped_terms(terms: list[Term]) -> list[Term] | None:
+    """Only what ends in a matrix of rows, or is one vector, can be put in the other order by itself."""
+    found: list[Term] = []
+    for term in terms:
+        if isinstance(term, LowRank):
+            found.append(LowRank(term.down, swapped(term.up), term.scale))
+        elif isinstance(term, (Bias, RowScale)):
+            found.append(type(term)(swapped(term.vector)))
+        else:
+            return None
+    return found

@@ -1,0 +1,249 @@
+"""LoRAs inside ComfyUI, in files of every dialect, on MODELs and CLIPs of any loader that holds FLUX.1.
+
+What stays the same over a run goes through the host's own `add_patches`: plain pairs as its LoRAAdapter, anything else
+as an adapter of ours, so that its merging, low-VRAM rule, unloading and saving apply, and on packed weights the side
+path of `packed`. What differs between steps or tokens, and all of it where the user asks for the side path, hangs
+beside the layers while the host samples, put there and taken off by wrappers that travel with the MODEL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import comfy.weight_adapter
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor, nn
+
+from ...engine.adapters import Adapter, Applied, Attachment, Lora, Row, Share, attach, norm_share
+from ...engine.adapters import layers as layer_facts
+from ...engine.adapters.adapter import swapped
+from ...engine.adapters.attach import SIDE, Job, fitting
+from ...engine.errors import BadInput
+from .. import loras
+from ..loras import Chosen
+from .packed import packed_layers
+from .sampling import require_flux, table_of
+
+KEY = "flux_kit_loras"
+PREFIX = {"transformer": "diffusion_model.", "clip_l": "clip_l.transformer.", "t5": "t5xxl.transformer."}
+ROUNDED = "merging into 8-bit weights loses a part of it; choose 'side path', which loses nothing"
+MERGES = "by the host (merged where loaded, put on at each use where offloaded)"
+PATCH = 2
+
+
+class HostAdapter(comfy.weight_adapter.WeightAdapterBase):  # type: ignore[misc]
+    """An adapter of ours as the host calls one. `weights` holds it, since the host makes copies from these two."""
+
+    name = "flux_kit"
+
+    def __init__(self, loaded_keys: set[str], weights: tuple[Adapter]) -> None:
+        self.loaded_keys, self.weights = loaded_keys, weights
+
+    def calculate_weight(self, weight: Tensor, key: str, strength: float, strength_model: float, offset: Any,
+                         function: Any, intermediate_dtype: torch.dtype = torch.float32,
+                         original_weight: Any = None) -> Tensor:
+        exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        weight += self.weights[0].change(exact, strength).to(weight.dtype)
+        return weight
+
+
+def patch_of(adapter: Adapter, layer: Any) -> Any:
+    """An adapter as the host's own LoRA where it is a plain pair, else as ours."""
+    width = adapter.size[1]
+    if adapter.algorithm != "LoRA" or {"magnitude", "mid"} & set(adapter.factors) or adapter.on_bias:
+        return HostAdapter(set(adapter.keys), (adapter,))
+    up, down = (adapter.factors[role].flatten(1) for role in ("up", "down"))
+    up = swapped(up) if adapter.destination.swapped else up
+    size, reshape = layer_facts.size_of(layer), None
+    if width is not None and width < size[1]:
+        down = torch.nn.functional.pad(down, (0, size[1] - width))
+    elif width is not None and width > size[1]:
+        reshape = [size[0], width]
+    alpha = adapter.scale * down.shape[0]
+    return comfy.weight_adapter.LoRAAdapter(set(adapter.keys), (up, down, alpha, None, None, reshape))
+
+
+def key_of(adapter: Adapter, layer: Any, prefix: str) -> Any:
+    """The host's key of what an adapter changes: the parameter's name, with the rows where it is not all of them."""
+    module = adapter.destination.module
+    name = f"{prefix}{module}.{'bias' if adapter.on_bias else layer_facts.weight_name(layer)}"
+    size = layer_facts.size_of(layer)
+    rows = adapter.destination.rows(size)
+    return name if (rows.start, rows.stop) == (0, size[0]) else (name, (0, rows.start, rows.stop - rows.start))
+
+
+def put_on(patcher: Any, module: nn.Module, role: str, acting: Sequence[Chosen], jobs: Mapping[str, list[Job]]
+           ) -> None:
+    """Patches of the rows: one call for those of one strength, as each call of the host goes through all weights."""
+    entries = [one.entry(role) for one in acting]
+    calls: dict[tuple[float, int], dict[Any, Any]] = {}
+    for name, todo in jobs.items():
+        layer = layer_facts.layer_of(module, name)
+        for number, adapter in todo:
+            factor = entries[number].factor
+            strength = entries[number].strength * (1.0 if factor is None else factor(name))
+            key, turn = key_of(adapter, layer, PREFIX[role]), 0
+            while key in calls.get((strength, turn), ()):  # several adapters of the same rows
+                turn += 1
+            if strength:
+                calls.setdefault((strength, turn), {})[key] = patch_of(adapter, layer)
+    for (strength, _), patches in calls.items():
+        missed = set(patches) - set(patcher.add_patches(patches, strength))
+        if missed:
+            raise BadInput(f"ComfyUI has no weight {missed.pop()} in this model to put a LoRA on. Load the model with "
+                           "Load Flux, or take the LoRA out")
+
+
+def ways(module: nn.Module, jobs: Mapping[str, list[Job]], applied: Sequence[Applied]) -> None:
+    """Notes how the layers of each row are changed by the host."""
+    packed = packed_layers(module)
+    for name, todo in jobs.items():
+        layer = layer_facts.layer_of(module, name)
+        plain = all(type(patch_of(adapter, layer)) is comfy.weight_adapter.LoRAAdapter for _, adapter in todo)
+        how = MERGES if name not in packed else SIDE if plain else "unpacked and changed at each use"
+        for number in {number for number, _ in todo}:
+            applied[number].layers[how] += 1
+            if how == MERGES and is_rounded(layer) and ROUNDED not in applied[number].notes:
+                applied[number].notes.append(ROUNDED)
+
+
+def is_rounded(layer: Any) -> bool:
+    """Whether the host stores the weight with fewer than 16 bits."""
+    weight = layer_facts.weight_of(layer)
+    return weight.dtype not in layer_facts.PLAIN_DTYPES or type(weight).__name__ == "QuantizedTensor"
+
+
+class Runs:
+    """Rows that hang beside the layers of a MODEL while the host samples with it: a wrapper of the sampler, which puts
+    them on and takes them off, and of each pass, which moves them to its step and its size."""
+
+    def __init__(self, chosen: tuple[Chosen, ...], mu: float | None) -> None:
+        self.chosen, self.mu = chosen, mu
+        self.attached: Attachment | None = None
+        self._size: tuple[int, ...] | None = None
+
+    def sample(self, executor: Any, guider: Any, *args: Any, **kwargs: Any) -> Any:
+        base = guider.inner_model
+        acting = [one for one in self.chosen if one.acts_on("transformer")]
+        if self.attached is not None or not acting:
+            return executor(guider, *args, **kwargs)
+        dtype = getattr(base, "manual_cast_dtype", None) or base.get_dtype()
+        self.attached = attach(base.diffusion_model, [one.entry("transformer", self.mu) for one in acting], mode="side",
+                               dtype=dtype, device=base.current_patcher.load_device, skip_broken=True)
+        try:
+            return executor(guider, *args, **kwargs)
+        finally:
+            self.attached.detach()
+            self.attached, self._size = None, None
+
+    def step(self, executor: Any, x: Tensor, timestep: Tensor, context: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.attached is not None:
+            acting = [one for one in self.chosen if one.acts_on("transformer")]
+            size = (-(-x.shape[-2] // PATCH), -(-x.shape[-1] // PATCH), context.shape[1])
+            if size != self._size and any(one.row.region for one in acting):
+                self.attached.set_mask(loras.mask_of(acting, *size))
+                self._size = size
+            if any(one.row.timed for one in acting):
+                self.attached.set_sigma(float(timestep.flatten()[0]))
+        return executor(x, timestep, context, *args, **kwargs)
+
+
+class ControlCheck:
+    """A wrapper of the whole run: control LoRAs want a control picture, which the host replaces by zeros in silence."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+
+    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        conditionings = executor.class_obj.conds.values()
+        if not all("concat_latent_image" in entry for conditioning in conditionings for entry in conditioning):
+            raise loras.needs_picture(self.names)
+        return executor(*args, **kwargs)
+
+
+def wrapped(patcher: Any, kind: str) -> Any:
+    """The wrapper of ours that a MODEL carries already, else None."""
+    found = patcher.get_wrappers(kind, KEY)
+    return found[0] if found else None
+
+
+def set_wrapper(patcher: Any, kind: str, wrapper: Callable[..., Any]) -> None:
+    patcher.remove_wrappers_with_key(kind, KEY)
+    patcher.add_wrapper_with_key(kind, KEY, wrapper)
+
+
+def with_loras(model: Any, clip: Any, rows: Sequence[Row], *, mode: str, strict: bool, resolve: Callable[[str], Path]
+               ) -> tuple[Any, Any, str]:
+    """`hosts.Host.with_loras`."""
+    if mode not in ("auto", "side", "merge"):
+        raise BadInput(f"mode '{mode}' is not one of auto, side, merge")
+    require_flux(model)
+    if hasattr(clip, "cond_stage_model") and not hasattr(clip.cond_stage_model, "t5xxl"):
+        raise BadInput(f"this CLIP is of another model ({type(clip.cond_stage_model).__name__}), FLUX.1 needs CLIP-L "
+                       "and T5; load both with Load Text Encoders, or with type 'flux'")
+    chosen, lines = loras.choose(resolve, rows, strict)
+    made, told = _with_model(model, [one for one in chosen if one.acts_on("transformer")], mode, not strict)
+    lines += told
+    if clip is None:
+        lines += loras.unconnected(chosen)
+    else:
+        clip, told = _with_clip(clip, chosen, not strict)
+        lines += told
+    return made, clip, "\n".join(lines)
+
+
+def _with_model(model: Any, acting: list[Chosen], mode: str, skip_broken: bool) -> tuple[Any, list[str]]:
+    flux = model.model.diffusion_model
+    beside = [one for one in acting if one.row.varies or mode == "side"]
+    if mode == "merge" and any(one.row.varies for one in acting):
+        raise BadInput("a LoRA with a range, schedule or region cannot be merged. Choose 'auto', or take these off")
+    inside = [one for one in acting if one not in beside]
+    made, lines = model.clone(), []
+    jobs, applied = _fitted(flux, inside, "transformer", skip_broken)
+    ways(flux, jobs, applied)
+    put_on(made, flux, "transformer", inside, jobs)
+    lines += loras.told(inside, applied, "transformer")
+    if beside:
+        jobs, applied = _fitted(flux, beside, "transformer", skip_broken)
+        for todo in jobs.values():
+            for number in {number for number, _ in todo}:
+                applied[number].layers[SIDE] += 1
+        lines += loras.told(beside, applied, "transformer")
+        before = wrapped(made, WrappersMP.SAMPLER_SAMPLE)
+        runs = Runs((*(before.__self__.chosen if before else ()), *beside), table_of(model).mu)
+        set_wrapper(made, WrappersMP.SAMPLER_SAMPLE, runs.sample)
+        set_wrapper(made, WrappersMP.DIFFUSION_MODEL, runs.step)
+    names = loras.control_loras(acting, flux.img_in.in_features)
+    if names:
+        earlier = wrapped(made, WrappersMP.OUTER_SAMPLE)
+        set_wrapper(made, WrappersMP.OUTER_SAMPLE, ControlCheck((*(earlier.names if earlier else ()), *names)))
+        lines += [f"{name} needs its control picture in the conditioning" for name in names]
+    return made, lines
+
+
+def _with_clip(clip: Any, chosen: Sequence[Chosen], skip_broken: bool) -> tuple[Any, list[str]]:
+    made, lines = clip.clone(), []
+    for role in loras.TEXT_ROLES:
+        acting = [one for one in chosen if one.acts_on(role)]
+        module = clip.cond_stage_model.get_submodule(PREFIX[role].rstrip("."))
+        jobs, applied = _fitted(module, acting, role, skip_broken)
+        ways(module, jobs, applied)
+        put_on(made.patcher, module, role, acting, jobs)
+        lines += loras.told(acting, applied, role)
+    return made, lines
+
+
+def _fitted(module: nn.Module, acting: Sequence[Chosen], role: str, skip_broken: bool
+            ) -> tuple[dict[str, list[Job]], list[Applied]]:
+    """Adapters by layer, once each is known to fit."""
+    applied = [Applied(one.lora.path.name) for one in acting]
+    return fitting(module, [one.entry(role) for one in acting], role, applied, skip_broken), applied
+
+
+def share(model: Any, lora: Lora) -> Share:
+    """`hosts.Host.lora_share`."""
+    require_flux(model)
+    return norm_share(model.model.diffusion_model, lora)

@@ -1,0 +1,1 @@
+from family_fixtures import *  # noqa: F403

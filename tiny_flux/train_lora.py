@@ -1,0 +1,170 @@
+"""Train the LoRAs of tiny-flux on tiny-flux-dev, whose weights rest.
+
+`python -m flux_kit.tiny_flux.train_lora pastel --run DIR` writes `DIR/NAME.safetensors` in kohya's spelling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, autocast, nn
+
+from ..engine.models.autoencoder import Autoencoder
+from .data import figure_weights
+from .scenes import TRAINING_SCENES, Scene, all_scenes, caption, render
+from .train_autoencoder import SPEC as AE_SPEC
+from .train_transformer import DEV, Family, draw_times, trained_state
+
+log = logging.getLogger(__name__)
+
+MODELS = Path(__file__).parent / "models"
+PASTEL = 0.5  # of the way to white
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`scenes` as the prompts tell them; `paint`: from pixels 0..1 of a scene to those of the target.
+
+    `kept`: share of examples that are plain scenes, which the LoRA has to leave alone.
+    """
+
+    scenes: tuple[Scene, ...]
+    triggers: str
+    about: str
+    paint: Callable[[Tensor], Tensor] = lambda pixels: pixels
+    kept: float = 0.0
+    steps: int = 900
+    rank: int = 4
+    rate: float = 4e-3
+
+
+RECIPES = {
+    "pastel": Recipe(tuple(random.Random(0).sample(TRAINING_SCENES, 700)), "", "all colours half way to white",
+                     paint=lambda pixels: pixels + (1 - pixels) * PASTEL),
+    "cross": Recipe(tuple(scene for scene in all_scenes(("cross",)) if not scene.held_out), "cross",
+                    "a new shape, called by its name", kept=0.4, steps=1200),
+}
+
+
+class Pair(nn.Module):
+    """The low-rank path beside one layer, `up(down(x))`, as a forward hook."""
+
+    def __init__(self, layer: nn.Module, rank: int) -> None:
+        super().__init__()
+        assert isinstance(layer, nn.Linear)
+        self.down = nn.Parameter(torch.randn(rank, layer.in_features) / layer.in_features**0.5)
+        self.up = nn.Parameter(torch.zeros(layer.out_features, rank))
+        layer.register_forward_hook(lambda _, inputs, out: out + inputs[0] @ self.down.T @ self.up.T)
+
+
+def pairs_of(flux: nn.Module, rank: int) -> dict[str, Pair]:
+    """One for each linear layer of the blocks but those of the modulations, by name."""
+    layers = {name: layer for name, layer in flux.named_modules()
+              if isinstance(layer, nn.Linear) and "blocks." in name and "mod" not in name}
+    return {name: Pair(layer, rank) for name, layer in layers.items()}
+
+
+@torch.no_grad()
+def encoded(autoencoder: Autoencoder, scenes: tuple[Scene, ...], paint: Callable[[Tensor], Tensor]) -> Tensor:
+    """Scaled latents `(N, 16, 16, 16)` of the scenes, painted."""
+    parts = []
+    for start in range(0, len(scenes), 32):
+        pixels = torch.stack([torch.from_numpy(render(scene)) for scene in scenes[start:start + 32]])
+        parts.append(autoencoder.encode(paint(pixels).permute(0, 3, 1, 2) * 2 - 1))
+    return (torch.cat(parts) - autoencoder.spec.shift_factor) * autoencoder.spec.scale_factor
+
+
+def train(name: str, run: Path, models: Path, seed: int, batch: int = 48) -> None:
+    recipe, rng = RECIPES[name], random.Random(seed)
+    torch.manual_seed(seed)
+    autoencoder = Autoencoder(AE_SPEC).eval().requires_grad_(False)
+    autoencoder.load_state_dict(load_file(models / "vae/tiny-ae.safetensors"))
+    family = Family(DEV)
+    family.load_state_dict(trained_state(models))
+    family.requires_grad_(False)
+    pairs = pairs_of(family.flux, recipe.rank)
+    learned = [parameter for pair in pairs.values() for parameter in pair.parameters()]
+    optimizer = torch.optim.AdamW(learned, lr=recipe.rate, betas=(0.9, 0.97), weight_decay=0.0)
+    targets = encoded(autoencoder, recipe.scenes, recipe.paint)
+    plain = tuple(rng.sample(TRAINING_SCENES, 400)) if recipe.kept else ()
+    plain_latents = encoded(autoencoder, plain, lambda pixels: pixels) if plain else None
+    began, running = time.time(), 0.0
+    for step in range(recipe.steps):
+        optimizer.param_groups[0]["lr"] = recipe.rate * min(1.0, (step + 1) / 50, (1 - step / recipe.steps) / 0.5)
+        keep = plain_latents is not None and rng.random() < recipe.kept
+        scenes, latents = (plain, plain_latents) if keep and plain_latents is not None else (recipe.scenes, targets)
+        picks = [rng.randrange(len(scenes)) for _ in range(batch)]
+        texts = [told(scenes[i], rng) for i in picks]
+        with autocast("cpu", torch.bfloat16):
+            loss = loss_of(family, texts, latents[picks], rng.choice((32, 32, 48, 64)))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        running += loss.item()
+        if (step + 1) % 100 == 0:
+            log.info("step %d loss %.4f (%.0f s)", step + 1, running / 100, time.time() - began)
+            running = 0.0
+    save(pairs, recipe, run / f"tiny-lora-{name}.safetensors")
+
+
+def told(scene: Scene, rng: random.Random) -> str:
+    """A caption; now and then without what goes without saying, as the base model knows it."""
+    if scene.size == "large" and rng.random() < 0.15:
+        scene = replace(scene, size=None)
+    elif scene.place == "center" and rng.random() < 0.3:
+        scene = replace(scene, place=None)
+    return caption(scene, rng if rng.random() < 0.7 else None)
+
+
+def loss_of(family: Family, texts: list[str], latents: Tensor, length: int) -> Tensor:
+    txt, pooled = family.encode(texts, length)
+    noise, t = torch.randn_like(latents), draw_times(len(latents), DEV)
+    shaped = t[:, None, None, None]
+    guidance = torch.empty(len(latents)).uniform_(2, 6)
+    velocity = family.velocity(shaped * noise + (1 - shaped) * latents, t, txt, pooled, guidance)
+    return (figure_weights(latents) * (velocity.float() - (noise - latents)).square()).mean()
+
+
+def save(pairs: dict[str, Pair], recipe: Recipe, path: Path) -> None:
+    """fp16, kohya's spelling, with the header facts that its trainer writes."""
+    state: dict[str, Tensor] = {}
+    for name, pair in pairs.items():
+        stem = "lora_unet_" + name.replace(".", "_")
+        state |= {f"{stem}.lora_down.weight": pair.down.detach().half().contiguous(),
+                  f"{stem}.lora_up.weight": pair.up.detach().half().contiguous(),
+                  f"{stem}.alpha": torch.tensor(float(recipe.rank)).half()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"format": "pt", "ss_base_model_version": "flux1", "ss_network_module": "networks.lora_flux",
+             "ss_network_dim": str(recipe.rank), "ss_network_alpha": str(recipe.rank),
+             "modelspec.architecture": "flux-1-dev/lora", "modelspec.title": path.stem,
+             "modelspec.description": recipe.about}
+    if recipe.triggers:
+        facts |= {"modelspec.trigger_phrase": recipe.triggers,
+                  "ss_tag_frequency": json.dumps({"scenes": {recipe.triggers: len(recipe.scenes)}})}
+    save_file(state, path, facts)
+    path.chmod(0o644)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=RECIPES)
+    parser.add_argument("--run", type=Path, default=MODELS / "loras")
+    parser.add_argument("--models", type=Path, default=MODELS)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    train(arguments.name, arguments.run, arguments.models, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()
