@@ -307,7 +307,7 @@ def text_lora() -> Any:
         rows, columns = state[keys[name]].shape
         weights |= low_rank({name: (rows, columns)}, "lora_down", "lora_up", alpha=True)
     (before, told), = HOST.encode_prompt(clip, "a red circle")
-    changed = comfy.sd.load_lora_for_models(None, clip, weights, 0.0, 1.0)[1]
+    changed = comfy.sd.load_lora_for_models(None, clip, weights, 0.0, 30.0)[1]
     (cond, values), = HOST.encode_prompt(changed, "a red circle")
     (after, _), = HOST.encode_prompt(clip, "a red circle")
     return {"t5": relative(cond, before), "clip_l": relative(values["pooled_output"], told["pooled_output"]),
