@@ -184,3 +184,13 @@ def test_ids_of_the_pack_agree() -> None:
     texts = json.loads((ROOT / "locales" / "en" / "main.json").read_text(encoding="utf-8"))
     name = PYPROJECT["project"]["name"]
     assert texts["templateWorkflows"]["category"] == {name: PYPROJECT["tool"]["comfy"]["DisplayName"]}
+
+
+def test_scripts_keep_out_of_the_shared_page() -> None:
+    """ComfyUI's page belongs to all packs: no listeners on the document, nothing put into it, names of our own."""
+    for path in (path for path in sources() if path.suffix == ".js"):
+        text = path.read_text(encoding="utf-8")
+        shared = re.search(r"document\.(?:(?:body|head|documentElement)\.)?(?:append|prepend|insert|addEventListener)|"
+                           r"adoptedStyleSheets|innerHTML|document\.cookie", text)
+        assert shared is None, f"{path}: {shared[0]}"
+        assert all(name.startswith("fluxkit.") for name in re.findall(r'registerExtension\(\{\s*name: "([^"]*)"', text))

@@ -28,13 +28,14 @@ class Picker {
         });
         this.tree = el("div", { className: "fk-tree", id, role: "tree", aria: { label: "LoRA files" } });
         this.side = el("div", { className: "fk-side", aria: { live: "polite" } });
-        this.root = el("div", { className: "fk-picker fk-theme", role: "dialog", aria: { label: "Choose a LoRA" } },
+        this.root = el("div", { className: "fk-picker fk-theme", popover: "auto", role: "dialog",
+                                aria: { label: "Choose a LoRA" } },
                        this.field, el("div", { className: "fk-columns" }, this.tree, this.side));
-        this.outside = event => { if (!this.root.contains(event.target)) this.close(false); };
+        this.root.addEventListener("toggle", event => { if (event.newState === "closed") this.close(false); });
         for (const kind of ["pointerdown", "mousedown", "click", "wheel", "keyup", "copy", "paste", "contextmenu"])
             this.root.addEventListener(kind, event => event.stopPropagation());
-        document.body.append(this.root);
-        document.addEventListener("pointerdown", this.outside, true);
+        anchor.closest(".fk-loras").append(this.root);
+        this.root.showPopover();  // above the canvas and its transforms; a press elsewhere closes it
         this.place();
         this.field.focus();
         this.load();
@@ -144,7 +145,6 @@ class Picker {
 
     close(back = true) {
         clearTimeout(this.later);
-        document.removeEventListener("pointerdown", this.outside, true);
         this.root.remove();
         if (current === this) current = null;
         if (back && this.anchor.isConnected) this.anchor.focus();

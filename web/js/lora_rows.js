@@ -27,7 +27,8 @@ export class RowsEditor {
         Object.assign(this, { changed, text: EMPTY, rows: [], opened: new WeakSet(), known: null });
         this.root = el("div", { className: "fk-loras fk-theme", role: "group", aria: { label: "LoRA stack" } });
         this.body = el("div", { className: "fk-body" });
-        this.root.append(this.body);
+        const style = el("link", { rel: "stylesheet", href: new URL("lora_stack.css", import.meta.url).href });
+        this.root.append(style, this.body);
         // Keys of the canvas (delete, copy, arrows) are not for those who type here; those with Ctrl (run, undo) are.
         this.root.addEventListener("keydown", event => {
             if (!event.ctrlKey && !event.metaKey) event.stopPropagation();

@@ -9,13 +9,6 @@ import { RowsEditor } from "./lora_rows.js";
 const NODE = "FluxKitLoraStack", TYPE = "FLUXKIT_LORA_ROWS";
 const MARGIN = 8, WIDTH = 240, COMFORTABLE = 340;
 
-function style() {
-    const link = document.createElement("link");
-    link.rel = "stylesheet";
-    link.href = new URL("lora_stack.css", import.meta.url).href;
-    document.head.append(link);
-}
-
 /** Wheel and middle button belong to the canvas; in Nodes 2.0 the interface sees to that itself. */
 function passOn(editor) {
     const forward = name => event => {
@@ -80,8 +73,7 @@ function showOutside(node) {
 }
 
 app.registerExtension({
-    name: "flux-kit.lora-stack",
-    setup: style,
+    name: "fluxkit.lora-stack",
     getCustomWidgets: () => ({ [TYPE]: rowsWidget }),
     beforeRegisterNodeDef(type, definition) {
         if (definition.name === NODE) definition.input.required.rows[1].widgetType = TYPE;
