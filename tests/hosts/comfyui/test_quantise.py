@@ -87,7 +87,7 @@ def test_progress_and_the_report_reach_the_browser(server: Server) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     ended, values, texts = listened(server, prompt(name="told", type="Q8_0"))
     assert ended == "execution_success" and values == sorted(values) and values[-1] == 100
-    assert len(values) > 2  # newer hosts send a few a second
+    assert len(values) > 1  # newer hosts send a few a second, and this file takes less
     assert len(texts) == 1 and str(target) in texts[0] and "relative error" in texts[0]
     target.unlink()
 
