@@ -12,8 +12,7 @@ from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..engine.adapters import Options, read_lora
-from ..engine.adapters.files import DTYPES, Summand, write_lora
-from ..engine.adapters.saving import check_target
+from ..engine.convert.lora_files import DTYPES, Summand, check_lora_target, write_lora
 from ..engine.errors import BadInput
 from ..engine.weights import detect, load, open_checkpoint
 from . import report
@@ -24,7 +23,7 @@ ROLES = ("transformer", "clip_l", "t5")
 def main(options: argparse.Namespace) -> int:
     """Write the file and tell what became of it."""
     started = time.monotonic()
-    check_target(options.destination, options.force)
+    check_lora_target(options.destination, options.force)
     how = Options(ignore_alpha=options.ignore_alpha, split_fix=options.split_fix, skip_broken=options.skip_broken)
     sources = options.loras if options.action == "merge" else [(options.source, 1.0)]
     summands = [Summand(read_lora(path, how), strength) for path, strength in sources]

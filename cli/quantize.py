@@ -12,8 +12,8 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..engine.adapters import read_lora
-from ..engine.adapters.files import Summand
 from ..engine.convert import RECIPES, SUFFIXES, Report, lines_of, quantize
+from ..engine.convert.lora_files import Summand
 from ..hosts.standalone.host import choose_device
 from . import report
 from .parser import UsageError

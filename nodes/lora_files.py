@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from ..engine.adapters import Options, rows_of
-from ..engine.adapters.files import DTYPES, KOHYA, LAYOUTS, MAX_RANK, summand, write_lora
+from ..engine.convert.lora_files import DTYPES, KOHYA, LAYOUTS, MAX_RANK, summand, write_lora
 from ..engine.errors import BadInput
 from ..engine.weights import load
 from ..engine.weights.containers import MODEL_SUFFIXES, SAFETENSORS_SUFFIXES

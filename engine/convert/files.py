@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -15,9 +12,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
-from ..adapters.bake import Baking
-from ..adapters.files import Summand
-from ..errors import BadInput, BadModelFile, FluxKitError, NotFinite
+from ..errors import BadInput, BadModelFile, NotFinite
 from ..quant import FORMATS, MissingCodebook
 from ..weights import ROLE_NAMES, Checkpoint, Detection, Match, Part, build, choose, detect, match, open_checkpoint
 from ..weights.containers import GGUF_SUFFIX, MODEL_SUFFIXES, SAFETENSORS_SUFFIXES, identity
@@ -26,9 +21,12 @@ from ..weights.keymaps import Source, assemble
 from ..weights.load import refuse
 from ..weights.stored import Stored
 from . import tokens
+from .bake import Baking
 from .codecs import Codec, codec, side_tensors
+from .lora_files import Summand
 from .recipes import GGUF, RECIPES, ROLES, Recipe, description, stored_type, written_name
 from .report import Deviation, Report, Row
+from .saving import check_sources, check_space, check_target, complete_or_gone
 from .writers import Layout, Planned, gguf_layout, safetensors_layout
 
 SUFFIXES = {GGUF: (GGUF_SUFFIX,), "safetensors": SAFETENSORS_SUFFIXES}
@@ -88,14 +86,12 @@ def quantize(source: str | os.PathLike[str], destination: str | os.PathLike[str]
     recipe = _recipe(type)
     _check_target(target, recipe, force)
     with open_checkpoint(source) as checkpoint:
-        if any(target.exists() and os.path.samefile(target, file.path) for file in checkpoint.files):
-            raise BadInput(f"{target}: source and destination are the same file; give another destination",
-                           file=target)
+        check_sources(target, (file.path for file in checkpoint.files))
         part, notes = _part(checkpoint, detect(checkpoint), role)
         words = tokens.find(checkpoint, part.role, tokenizer_dirs)
         job = _planned(checkpoint, part, recipe, words, torch.device(device), loras)
-        _check_space(target, job.layout.nbytes)
-        with _complete_or_gone(target, recipe, force) as file:
+        check_space(target, job.layout.nbytes, "a smaller type")
+        with complete_or_gone(target, lambda: _check_target(target, recipe, force)) as file:
             rows = _write(job, file, progress)
             _check_unchanged(checkpoint)
         before = sum(checkpoint[name].nbytes for name in part.names.values())
@@ -127,16 +123,7 @@ def _recipe(type: str) -> Recipe:
 
 
 def _check_target(target: Path, recipe: Recipe, force: bool) -> None:
-    suffixes = SUFFIXES[recipe.container]
-    if not target.name.lower().endswith(suffixes):
-        raise BadInput(f"{target}: a file of type {recipe.name} must end in {' or '.join(suffixes)}", file=target)
-    if target.is_dir():
-        raise BadInput(f"{target}: this is a folder; name a file in it", file=target)
-    if not target.parent.is_dir():
-        raise BadInput(f"{target}: there is no folder {target.parent}; make it, or name another", file=target)
-    if target.exists() and not force:
-        raise BadInput(f"{target}: there is such a file already; remove it, name another, or allow to overwrite it "
-                       "(overwrite, --force)", file=target)
+    check_target(target, SUFFIXES[recipe.container], f"a file of type {recipe.name}", force)
 
 
 def _part(checkpoint: Checkpoint, detection: Detection, role: str | None) -> tuple[Part, tuple[str, ...]]:
@@ -207,28 +194,6 @@ def _require(checkpoint: Checkpoint, format: str) -> None:
             FORMATS[format].require()
     except MissingCodebook as error:
         raise MissingCodebook(f"{checkpoint.path.name}: {error}", file=checkpoint.path) from error
-
-
-def _check_space(target: Path, needed: int) -> None:
-    free = shutil.disk_usage(target.parent).free
-    if free < needed:
-        raise FluxKitError(f"{target}: {needed / 1e9:.2f} GB are needed on this disk, {free / 1e9:.2f} GB are free; "
-                           "make room, choose a smaller type, or name a file on another disk", file=target)
-
-
-@contextmanager
-def _complete_or_gone(target: Path, recipe: Recipe, force: bool) -> Iterator[BinaryIO]:
-    """A file beside `target` that takes its name once all is written to the disk, and is removed if it is not."""
-    partial = target.with_name(f".flux-kit-{secrets.token_hex(6)}.part")
-    try:
-        with partial.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        _check_target(target, recipe, force)  # it may have come into being meanwhile
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _check_unchanged(checkpoint: Checkpoint) -> None:

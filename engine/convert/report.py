@@ -7,14 +7,21 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..adapters.bake import Baked
+if TYPE_CHECKING:
+    from .bake import Baked
 
-_BLOCK = re.compile(r"((?:^|\.)(?:double_blocks|single_blocks|block|layers)\.)\d+\.")
+_BLOCK = re.compile(r"(?<=blocks[._])\d+(?=[._])|(?<=layers[._])\d+(?=[._])|(?<=block[._])\d+(?=[._])")
 WORST = 10
 SHOWN_WORST = 5
+
+
+def kind_of(name: str) -> str:
+    """A layer's name with `*` for the number of its block, dotted or flat."""
+    return _BLOCK.sub("*", name)
 
 
 @dataclass
@@ -80,7 +87,7 @@ class Report:
     def classes(self) -> tuple[LayerClass, ...]:
         groups: dict[str, list[Row]] = {}
         for row in self.rows:
-            groups.setdefault(_BLOCK.sub(r"\1*.", row.name), []).append(row)
+            groups.setdefault(kind_of(row.name), []).append(row)
         return tuple(LayerClass(name, tuple(dict.fromkeys(row.type for row in rows)), sum(row.weights for row in rows),
                                 sum(row.nbytes for row in rows), _joined(rows).relative)
                      for name, rows in groups.items())

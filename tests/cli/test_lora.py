@@ -10,7 +10,8 @@ import torch
 from family import Family
 from flux_kit.cli import main
 from flux_kit.cli.parser import LAYOUTS, LORA_DTYPES, build_parser
-from flux_kit.engine.adapters import files, read_lora
+from flux_kit.engine.adapters import read_lora
+from flux_kit.engine.convert import lora_files
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -145,7 +146,7 @@ def test_a_base_makes_what_depends_on_it_a_lora(family: Family, models: Path, tm
 
 
 def test_the_grammar_names_what_the_engine_knows() -> None:
-    assert LAYOUTS == files.LAYOUTS and set(LORA_DTYPES) == {"same", *files.DTYPES}
+    assert LAYOUTS == lora_files.LAYOUTS and set(LORA_DTYPES) == {"same", *lora_files.DTYPES}
     parse = build_parser().parse_args
     assert parse(["lora", "merge", r"C:\a.safetensors", "b:-0.5", "o"]).loras == [
         (Path(r"C:\a.safetensors"), 1.0), (Path("b"), -0.5)]

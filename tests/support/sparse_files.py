@@ -7,33 +7,47 @@ import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from bad_files import gguf_entry, gguf_tensor, gguf_text
 from strict_readers import BLOCKS
 
-BITS = {"F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "U8": 8, "I8": 8, "I32": 32, "I64": 64}
+BITS = {"F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "U8": 8, "I8": 8, "I32": 32, "I64": 64,
+        "F64": 64, "BOOL": 8}
 TYPES = {name: (number, block, size) for number, (name, block, size) in BLOCKS.items()}
 ALIGNMENT = 32
-Tensors = dict[str, tuple[tuple[int, ...], str]]
+Tensors = Mapping[str, tuple[tuple[int, ...], str]]
 
 
-def safetensors_file(path: Path, tensors: Tensors, data: Mapping[str, bytes] | None = None,
-                     metadata: Mapping[str, str] | None = None) -> Path:
-    """Name -> (shape, dtype); `data` are the bytes of those tensors that must hold something."""
-    header, at, known = {}, 0, dict(data or {})
+def safetensors_header(tensors: Tensors, metadata: Mapping[str, str] | None = None) -> tuple[bytes, int]:
+    """Length and header of a safetensors file, and the bytes of data it promises."""
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    at = 0
     for name, (shape, dtype) in tensors.items():
         size = math.prod(shape) * BITS[dtype] // 8
-        assert len(known.get(name, b"")) in (0, size), name
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
-    text = json.dumps({"__metadata__": dict(metadata or {"format": "pt"}), **header}).encode()
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, at
+
+
+def safetensors_file(path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None,
+                     data: Mapping[str, bytes] | None = None) -> Path:
+    """Name -> (shape, dtype); `data` are the bytes of those tensors that must hold something."""
+    header, nbytes = safetensors_header(tensors, metadata)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        start = file.tell()
-        for name, content in known.items():
-            file.seek(start + header[name]["data_offsets"][0])
-            file.write(content)
-        file.truncate(start + at)
+        file.write(header)
+        at = len(header)
+        for name, (shape, dtype) in tensors.items():
+            size = math.prod(shape) * BITS[dtype] // 8
+            if data is not None and name in data:
+                assert len(data[name]) == size, name
+                file.seek(at)
+                file.write(data[name])
+            at += size
+        file.truncate(len(header) + nbytes)
     return path
 
 

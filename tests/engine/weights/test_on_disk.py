@@ -111,7 +111,7 @@ def test_scaled_fp8_as_comfy_quant(manifest: Manifest, file: Path, where: str) -
     config = json.dumps({"format": "float8_e4m3fn"}).encode()
     if where == "tensors":
         tensors |= {f"{layer}.comfy_quant": ((len(config),), "U8") for layer in layers}
-        safetensors_file(file, tensors, {f"{layer}.comfy_quant": config for layer in layers})
+        safetensors_file(file, tensors, data={f"{layer}.comfy_quant": config for layer in layers})
     else:
         safetensors_file(file, tensors, metadata={"_quantization_metadata": json.dumps(
             {"format_version": "1.0", "layers": {layer: {"format": "float8_e4m3fn"} for layer in layers}})})
@@ -180,14 +180,14 @@ def nf4(tensors: Tensors, nested: bool, kind: str = "nf4") -> tuple[Tensors, dic
 @pytest.mark.parametrize(("nested", "kind"), [(True, "nf4"), (False, "nf4"), (False, "fp4")])
 def test_nf4_with_everything_and_alone(manifest: Manifest, file: Path, nested: bool, kind: str) -> None:
     tensors, data = nf4(manifest("flux_dev_bfl"), nested, kind)
-    found = check(safetensors_file(file, tensors, data), "transformer", "dev", "bfl", {kind.upper(), "BF16"})
+    found = check(safetensors_file(file, tensors, data=data), "transformer", "dev", "bfl", {kind.upper(), "BF16"})
     assert found["precision"][kind.upper()] == 304
     assert found["parameters"] == 11_901_408_320
     assert found["absent"] == ["clip_l", "t5", "vae"]
     prefix = COMFY["transformer"]
     others = {name: info for name, info in all_in_one(manifest).items() if not name.startswith(prefix)}
     whole = {**{prefix + name: info for name, info in tensors.items()}, **others}
-    safetensors_file(file, whole, {prefix + name: content for name, content in data.items()})
+    safetensors_file(file, whole, data={prefix + name: content for name, content in data.items()})
     found = check(file, "all-in-one", "dev", "bfl", {kind.upper(), "BF16", "F8_E4M3", "F16", "F32"}, **COMFY)
     assert found["memory"]["transformer"] < 7.5e9
 

@@ -17,18 +17,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..adapters import Lora, Row, block_weights, layers
+from ..adapters.adapter import Adapter, swapped
+from ..adapters.algorithms import is_on_input
+from ..adapters.dialects import DIALECTS
+from ..adapters.vocabulary import BASES, Base, Destination, bfl, clip_l, diffusers, t5
 from ..errors import BadInput, NotFinite
-from . import layers
-from .adapter import Adapter, swapped
-from .algorithms import is_on_input
-from .blocks import block_weights
-from .dialects import DIALECTS
-from .file_report import Made, Source, Written
+from ..weights.containers import SAFETENSORS_SUFFIXES
+from .lora_header import header, name_of
+from .lora_report import Made, Source, Written
 from .lowrank import NEEDS_BASE, Pair, cut, distance, folded, joined, length, nearest, needs_base, pair_of, reduced
-from .reading import Lora
-from .saving import check_target, header, name_of, save
-from .stack import Row
-from .vocabulary import BASES, Base, Destination, bfl, clip_l, diffusers, t5
+from .saving import check_sources, check_space, check_target, complete_or_gone
+from .writers import Planned, safetensors_layout
 
 KOHYA, PEFT = "kohya", "peft"
 LAYOUTS = (KOHYA, PEFT)
@@ -142,7 +142,7 @@ def write_lora(destination: str | os.PathLike[str], entries: Sequence[Summand], 
     ranks = sorted({row.rank for row in work.made if row.rank is not None})
     metadata = header([(entry.lora.path, entry.strength) for entry in entries], layout, ranks)
     progress(len(units), len(units), "")
-    save(target, work.tensors, metadata, force)
+    _save(target, work.tensors, metadata, force)
     return Written(target, layout, name_of(work.dtype), target.stat().st_size, tuple(work.made),
                    tuple(Source(entry.lora.path.name, entry.strength) for entry in entries), tuple(_notes(entries)))
 
@@ -157,9 +157,25 @@ def _check(target: Path, entries: Sequence[Summand], layout: str, rank: int | No
     for entry in entries:
         if not math.isfinite(entry.strength) or not math.isfinite(entry.clip or 0):
             raise BadInput(f"{entry.lora.path.name}: its strength is {entry.strength}, expected a finite number")
-    check_target(target, force)
-    if any(target.exists() and os.path.samefile(target, entry.lora.path) for entry in entries):
-        raise BadInput(f"{target}: source and destination are the same file; give another destination", file=target)
+    check_lora_target(target, force)
+    check_sources(target, (entry.lora.path for entry in entries))
+
+
+def check_lora_target(target: Path, force: bool) -> None:
+    """BadInput unless a LoRA file may be written there."""
+    check_target(target, SAFETENSORS_SUFFIXES, "a LoRA file", force)
+
+
+def _save(target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], force: bool) -> None:
+    """Wide types first, so that each tensor lies aligned."""
+    order = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    layout = safetensors_layout([Planned(name, tuple(tensor.shape), name_of(tensor.dtype)) for name, tensor in order],
+                                metadata)
+    check_space(target, layout.nbytes, "a smaller rank or type")
+    with complete_or_gone(target, lambda: check_lora_target(target, force)) as file:
+        file.write(layout.header)
+        for _, tensor in order:
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _base(entries: Sequence[Summand]) -> Base:

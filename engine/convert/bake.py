@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ..adapters.adapter import Adapter, swapped
+from ..adapters.reading import misfit
+from ..adapters.vocabulary import Size
 from ..errors import BadInput
-from .adapter import Adapter, swapped
-from .files import Summand
-from .reading import misfit
-from .vocabulary import Size
+from .lora_files import Summand
 
 TILE_WEIGHTS = 1 << 22
 """Numbers of a low-rank change that are worked out at once."""

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_BLOCK = re.compile(r"(?<=blocks[._])\d+(?=[._])|(?<=layers[._])\d+(?=[._])|(?<=block[._])\d+(?=[._])")
-WORST = 10
-SHOWN_WORST = 5
+from .report import SHOWN_WORST, WORST, kind_of
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ class Written:
         """Layers that differ only in the number of their block (`*`)."""
         found: dict[str, list[Made]] = {}
         for row in self.layers:
-            found.setdefault(_BLOCK.sub("*", row.stem), []).append(row)
+            found.setdefault(kind_of(row.stem), []).append(row)
         return found
 
     @property

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .adapter import Adapter, swapped
-from .algorithms import MAX_PAIR_RANK
-from .terms import LowRank
+from ..adapters.adapter import Adapter, swapped
+from ..adapters.algorithms import MAX_PAIR_RANK
+from ..adapters.terms import LowRank
 
 EXACT = torch.float64
 NEEDS_BASE = ("GLoRA", "OFT", "OFTv2", "IA3", "set", "bias set")
