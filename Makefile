@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TYPED := flux_kit.engine flux_kit.hosts flux_kit.cli
 
-.PHONY: setup demo test lint types bench looks thumbnails check
+.PHONY: setup demo test lint types bench looks examples thumbnails check
 
 setup: $(VENV)/.setup-test
 
@@ -41,9 +41,13 @@ bench: $(VENV)/.setup-test
 looks: $(VENV)/.setup-test
 	$(BIN)/python -P docs/tools/node_docs.py
 
+# After a change of an example's table, or of a node's inputs.
+examples: $(VENV)/.setup-test
+	$(BIN)/python -P docs/tools/examples.py
+
 # After a change of tiny-flux or of an example.
 thumbnails: $(VENV)/.setup-test
-	$(BIN)/python -P docs/tools/thumbnails.py
+	$(BIN)/python -P docs/tools/thumbnails.py --sheet docs/images/examples.png
 
 check: lint types test
 

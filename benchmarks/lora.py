@@ -1,13 +1,15 @@
 """One double and one single block at full width with LoRAs on every layer, on bf16 and on Q4_K weights.
 
-    python -P benchmarks/lora.py [--base bf16 Q4_K] [--tokens 512 1280] [--runs N] [--rank R]
+    python -P benchmarks/lora.py [--base bf16 Q4_K] [--tokens 512 1280] [--runs N] [--rank R] [--alone]
 
 One thread, process CPU time, minimum of interleaved runs: what other jobs on the machine disturb least. Two identical
 baselines are timed; what they differ by is noise. Report ratios; milliseconds depend on the machine.
 
 `side path`: as LoRAs are applied to packed weights, one concatenated product for all of them. `merge each forward`:
 what loaders do that keep a list of patches with each layer: its weight is made anew in every step, in fp32, and used
-once. It is timed in the first rounds only. Weights merged once cost nothing per step and stand in no row.
+once. It is timed in the first rounds only. `side path alone` (with `--alone` nothing else) is the time inside the side
+paths while the blocks run, bases in turn: the difference of two whole blocks drowns it. Weights merged once cost
+nothing per step and stand in no row.
 """
 
 from __future__ import annotations
@@ -15,13 +17,15 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from flux_kit.engine.adapters import Entry, Lora, attach, read_lora
+from flux_kit.engine.adapters.sidepath import SidePath
 from flux_kit.engine.convert import encode
 from flux_kit.engine.models.flux import Flux
 from flux_kit.engine.models.ops import PLAIN
@@ -172,6 +176,50 @@ def measured(table: Mapping[str, Callable[[], object]], count: int) -> dict[str,
     return best
 
 
+@contextmanager
+def clocked() -> Iterator[list[float]]:
+    """CPU seconds inside each call of a side path."""
+    spent: list[float] = []
+    forward = SidePath.forward
+
+    def timed(self: SidePath, layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        began = time.process_time()
+        try:
+            return forward(self, layer, args, out)
+        finally:
+            spent.append(time.process_time() - began)
+
+    SidePath.forward = timed  # type: ignore[method-assign]
+    try:
+        yield spent
+    finally:
+        SidePath.forward = forward  # type: ignore[method-assign]
+
+
+def alone(tables: Mapping[str, Mapping[str, Callable[[], object]]], count: int) -> None:
+    """Prints what the side paths of each base take by themselves. Each call's minimum over the runs counts; the two
+    halves of the runs tell the noise."""
+    calls: dict[tuple[str, str], list[list[float]]] = {}
+    with clocked() as spent:
+        for _ in range(2 * count):
+            for base, table in tables.items():
+                for name in GOALS:
+                    spent.clear()
+                    table[name]()
+                    calls.setdefault((base, name), []).append(list(spent))
+    for name in GOALS:
+        whole = {base: best_of(calls[base, name]) for base in tables}
+        halves = [[best_of(calls[base, name][half::2]) for half in (0, 1)] for base in tables]
+        noise = max(abs(first - second) / min(first, second) for first, second in halves)
+        apart = max(whole.values()) / min(whole.values()) - 1
+        told = ", ".join(f"{seconds * 1e3:.1f} ms on {base}" for base, seconds in whole.items())
+        print(f"  {name} alone: {told}; {apart:.1%} apart, halves of the runs differ by {noise:.1%}", flush=True)
+
+
+def best_of(runs: Sequence[Sequence[float]]) -> float:
+    return sum(min(times) for times in zip(*runs, strict=True))
+
+
 def show(base: str, tokens: int, best: Mapping[str, float]) -> dict[str, float]:
     """Prints one table; what each row takes more than none, in seconds."""
     plain = min(best["no LoRA"], best["no LoRA again"])
@@ -192,6 +240,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, choices=list(TEXT), default=list(TEXT))
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--alone", action="store_true", help="only the time inside the side paths")
     options = parser.parse_args()
     torch.set_num_threads(1)
     plain = filled()
@@ -199,11 +248,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = loras(plain, Path(folder), options.rank)
         for tokens in options.tokens:
-            more = {base: show(base, tokens, measured(runs(base, model, found, tokens), options.runs))
-                    for base, model in models.items()}
-            for name in GOALS if len(more) > 1 else ():
-                added = ", ".join(f"{times[name] * 1e3:.0f} ms on {base}" for base, times in more.items())
-                print(f"  added by {name}: {added}", flush=True)
+            tables = {base: runs(base, model, found, tokens) for base, model in models.items()}
+            if not options.alone:
+                compare({base: show(base, tokens, measured(table, options.runs)) for base, table in tables.items()})
+            print(f"\n{tokens} tokens, rank {options.rank}", flush=True)
+            alone(tables, options.runs)
+
+
+def compare(more: Mapping[str, Mapping[str, float]]) -> None:
+    for name in GOALS if len(more) > 1 else ():
+        added = ", ".join(f"{times[name] * 1e3:.0f} ms on {base}" for base, times in more.items())
+        print(f"  added by {name}: {added}", flush=True)
 
 
 if __name__ == "__main__":

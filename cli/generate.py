@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..engine.errors import BadModelFile, FluxKitError, MissingFile
+from ..engine.adapters import Row
+from ..engine.errors import BadInput, BadModelFile, FluxKitError, MissingFile
 from ..engine.specs import DEFAULT_GUIDANCE, AutoencoderSpec, ClipTextSpec, FluxSpec, T5Spec
 from ..engine.weights import Detection, detect, open_checkpoint
+from ..hosts.loras import choose, control_loras
+from ..hosts.names import of_user
 from ..hosts.standalone.host import StandaloneHost
-from ..hosts.standalone.validation import Prompt
+from ..hosts.standalone.validation import Prompt, label
 from . import report, session
 from .parser import SEED_MAX, UsageError
 
@@ -25,6 +28,8 @@ VARIANTS = ("dev", "schnell")
 TINY_HIDDEN = 1024  # a transformer narrower than this is a miniature
 SIDE, TINY_SIDE = 1024, 128
 STEPS, SCHNELL_STEPS = 20, 4
+STACK, APPLY = "8", "9"
+"""Nodes of the workflow that there are where LoRAs are asked for."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +53,46 @@ def main(options: argparse.Namespace) -> int:
     parts = find_parts(host, options)
     if options.guidance is not None and not parts.spec.guidance_embed:
         report.note(f"flux-kit: {parts.transformer.name} takes no guidance (schnell kind); --guidance has no effect")
-    loras = [(host.name_file("loras", _found(host, "loras", "--lora", path)), strength)
-             for path, strength in options.loras]
+    loras = [checked_lora(host, path, strength, parts.spec.in_channels) for path, strength in options.loras]
     nodes = session.node_classes()
     width, height = _size(options, parts.spec)
-    session.check_memory(host, {"transformer": parts.transformer, **parts.others}, width, height)
+    session.check_memory(host, {"transformer": parts.transformer, **parts.others}, width, height,
+                         [host.resolve_file("loras", name) for name, strength in loras if strength])
     executor = session.executor(host, nodes)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     for seed in range(options.seed, options.seed + options.count):
-        executor.run(graph(host, options, parts, loras, width, height, seed))
+        prompt = graph(host, options, parts, loras, width, height, seed)
+        try:
+            executor.run(prompt)
+        except FluxKitError as error:
+            name_option(error, prompt, options.loras)
+            raise
     session.tell(host, options.seed, started, as_json=options.json)
     return 0
+
+
+def checked_lora(host: StandaloneHost, given: Path, strength: float, in_channels: int) -> tuple[str, float]:
+    """The name of a LoRA in the workflow, and its strength, once the file is known to be one that can be used here."""
+    path = _found(host, "loras", "--lora", given)
+    name = host.name_file("loras", path)
+    try:
+        chosen, _ = choose(lambda _: path, [Row(name, strength, strength)], strict=True)
+    except FluxKitError as error:
+        error.message = f"--lora {given}: {error.message}"
+        raise
+    if control_loras(chosen, in_channels):
+        raise BadInput(f"--lora {given}: this is a control LoRA (FLUX.1 Depth or Canny), which follows a picture, and "
+                       "generate takes none. Run a workflow with its conditioning: flux-kit run", file=path)
+    return name, strength
+
+
+def name_option(error: FluxKitError, prompt: Prompt, loras: Sequence[tuple[Path, float]]) -> None:
+    """Tells an error of the node that applies LoRAs as one of the option behind it; any other stays as it is."""
+    if error.node == APPLY:
+        names = [str(path) for path, _ in loras]
+        guilty = [name for name in names if Path(name).name == Path(error.file or "").name] or names
+        said = error.message.removeprefix(f"{label(APPLY, prompt[APPLY])}: ")
+        error.message, error.node = f"--lora {', '.join(guilty)}: {said}", None
 
 
 def numbered(options: argparse.Namespace, index: int) -> Path:
@@ -112,10 +146,10 @@ def with_loras(prompt: Prompt, loras: Sequence[tuple[str, float]]) -> Prompt:
     rows = [{"lora": name, "model": strength, "clip": strength} for name, strength in loras]
     for node in prompt.values():
         links = node["inputs"]
-        links.update({name: ["9", value[1]] for name, value in links.items() if value in (["1", 0], ["1", 1])})
-    return {**prompt, "8": {"class_type": "FluxKitLoraStack", "inputs": {"rows": json.dumps(rows)}},
-            "9": {"class_type": "FluxKitLoraApply", "inputs": {
-                "model": ["1", 0], "loras": ["8", 1], "clip": ["1", 1], "mode": "auto", "on_problem": "strict"}}}
+        links.update({name: [APPLY, value[1]] for name, value in links.items() if value in (["1", 0], ["1", 1])})
+    return {**prompt, STACK: {"class_type": "FluxKitLoraStack", "inputs": {"rows": json.dumps(rows)}},
+            APPLY: {"class_type": "FluxKitLoraApply", "inputs": {
+                "model": ["1", 0], "loras": [STACK, 1], "clip": ["1", 1], "mode": "auto", "on_problem": "strict"}}}
 
 
 def find_parts(host: StandaloneHost, options: argparse.Namespace) -> Parts:
@@ -188,7 +222,7 @@ def find_part(host: StandaloneHost, role: str, spec: FluxSpec, model: Path) -> P
         names = ", ".join(name for name, _ in fitting)
         raise MissingFile(f"several files could be the {role}: {names}; choose one with {option}")
     if not fitting:
-        roots = ", ".join(str(root) for root in host.folders.roots(kind)) or "no model folder"
+        roots = ", ".join(str(root) for root in of_user(host.folders.roots(kind))) or "no model folder"
         raise MissingFile(f"no file fits as {role} of {model.name} (looked in {roots}); name one with {option}, or "
                           "give the model folder with --models")
     report.note(f"flux-kit: {role}: took {fitting[0][1]}")

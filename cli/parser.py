@@ -12,6 +12,7 @@ DTYPES = ("auto", "bf16", "fp16", "fp32")
 PARTS = ("transformer", "t5", "clip_l")
 MEMORY = ("auto", "full", "stream", "cpu")
 LAYOUTS = ("kohya", "peft")
+MODEL_ENDINGS = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 LORA_DTYPES = ("same", "fp16", "bf16", "fp32")
 
 
@@ -73,32 +74,23 @@ def _setting(text: str) -> tuple[str, str, str]:
 
 
 def weighted(text: str) -> tuple[Path, float]:
-    """`FILE:STRENGTH` or `FILE`, whose strength is 1. What follows the last colon is a strength if it is a number, so
-    that `C:\\loras\\a.safetensors` is a file."""
+    """`FILE:STRENGTH` or `FILE`, whose strength is 1. What follows the last colon belongs to the name where it is part
+    of a path or has the ending of a model file (`C:\\loras\\a.safetensors`), or where a file is called so."""
     name, colon, strength = text.rpartition(":")
+    if not colon or strength.lower().endswith(MODEL_ENDINGS) or "/" in strength or "\\" in strength:
+        return Path(text), 1.0
+    if Path(text).is_file():
+        return Path(text), 1.0
+    if not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FILE:STRENGTH, for example style.safetensors:0.8")
     try:
         value = float(strength)
     except ValueError:
-        return Path(text), 1.0
-    if not colon or not name:
-        raise argparse.ArgumentTypeError(f"{text!r} is not FILE:STRENGTH, for example style.safetensors:0.8")
+        raise argparse.ArgumentTypeError(f"{text!r}: strength {strength!r} is no number; write FILE:STRENGTH, for "
+                                         "example style.safetensors:0.8") from None
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r}: the strength is not a finite number")
     return Path(name), value
-
-
-def _lora(text: str) -> tuple[Path, float]:
-    """`FILE:STRENGTH` or `FILE` -> file and strength; a colon with no number behind it belongs to the name."""
-    name, colon, number = text.rpartition(":")
-    if colon and name:
-        try:
-            strength = float(number)
-        except ValueError:
-            return Path(text), 1.0
-        if not math.isfinite(strength):
-            raise argparse.ArgumentTypeError(f"the strength {number} in {text!r} is not a finite number")
-        return Path(name), strength
-    return Path(text), 1.0
 
 
 def _add_json(command: argparse.ArgumentParser) -> None:
@@ -136,7 +128,7 @@ def _add_generate(commands: argparse._SubParsersAction[Parser]) -> None:
     command.add_argument("--seed", metavar="N", type=_seed, default=0, help="0 ... 2^64-1 (default: 0)")
     command.add_argument("--guidance", metavar="X", type=_non_negative, default=None,
                          help="distilled guidance of dev models (default: 3.5)")
-    command.add_argument("--lora", metavar="FILE:STRENGTH", dest="loras", type=_lora, action="append", default=[],
+    command.add_argument("--lora", metavar="FILE:STRENGTH", dest="loras", type=weighted, action="append", default=[],
                          help="a LoRA, for the transformer and the text encoders: a path, or a name in the model "
                               "folders; strength 1 if none is given (may repeat)")
     command.add_argument("--negative", metavar="TEXT", help="what to keep out; needs --cfg above 1")

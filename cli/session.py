@@ -66,13 +66,14 @@ def open_host(options: argparse.Namespace, *, out: Path, inputs: Sequence[Path] 
     return host
 
 
-def check_memory(host: StandaloneHost, files: Mapping[str, Path | None], width: int, height: int) -> None:
+def check_memory(host: StandaloneHost, files: Mapping[str, Path | None], width: int, height: int,
+                 loras: Sequence[Path] = ()) -> None:
     """NotEnoughMemory, from headers alone and before anything is loaded, if these parts cannot make such a picture.
     None stands for the transformer's file; of the prompt the least counts."""
     whole = files["transformer"]
     named = [(role, path or whole) for role, path in files.items()]
     found = estimate_files([(role, path) for role, path in named if path is not None], width=width, height=height,
-                           text_tokens=SHORTEST_TEXT, dtype=host.dtype)
+                           text_tokens=SHORTEST_TEXT, dtype=host.dtype, loras=loras)
     found.plan(host.residence.device.free() if host.residence.moves else None, None, host.memory)
 
 

@@ -49,7 +49,7 @@ class Host(Protocol):
     # -- files
     def list_files(self, kind: str) -> list[str]:
         """Names relative to the folders of a kind ("diffusion_models", "text_encoders", "vae", "loras", "clip_vision",
-        "style_models", "checkpoints"; also "input"), slashes forward, sorted."""
+        "style_models", "checkpoints"; also "input", and "depth", folders of depth models), slashes forward, sorted."""
 
     def resolve_file(self, kind: str, name: str) -> Path:
         """The file a workflow means by `name`: exact, else the only file of that base name under the kind's folders
@@ -90,6 +90,21 @@ class Host(Protocol):
 
     def wrap_style_model(self, redux: Redux, path: str | Path) -> Any:
         """STYLE_MODEL from an engine Redux projector."""
+
+    def img_in_width(self, model: Any) -> int | None:
+        """Channels of a token that the transformer of MODEL takes: 64 dev and schnell, 128 Depth and Canny, 384 Fill.
+        A control LoRA that will widen its `img_in` counts already. None: MODEL does not tell. BadInput: not FLUX.1."""
+
+    def embeds_guidance(self, model: Any) -> bool | None:
+        """Whether the transformer of MODEL was distilled with guidance; False: schnell, whose steps are not shifted.
+        None: it is no FLUX.1."""
+
+    def with_shift(self, model: Any, mu: float) -> Any:
+        """A clone of MODEL, a FLUX.1, whose schedules are shifted by `mu`; what is given stays as it is."""
+
+    def drops_control(self, model: Any) -> bool:
+        """Whether this host may not see that a control LoRA widens MODEL's `img_in`, where weights are not loaded
+        whole, and leave out the map of a conditioning: it then needs `noise_concat` beside `concat_latent_image`."""
 
     # -- LoRAs
     def with_loras(self, model: Any, clip: Any | None, rows: Sequence[Row], *, mode: str = "auto", strict: bool = True
@@ -137,6 +152,11 @@ class Host(Protocol):
     def see(self, clip_vision: Any, image: torch.Tensor, *, crop: bool = False) -> torch.Tensor:
         """Last states (B, L, width) fp32 of an IMAGE, one row of tokens a picture. `crop`: the middle square, as core's
         node does by default; else the whole picture, stretched, as BFL does. BadInput, NotFinite."""
+
+    def nearness(self, folder: Path, image: torch.Tensor, resolution: int) -> torch.Tensor:
+        """How near each pixel of an IMAGE is by a depth model of kind "depth", near large: (B, H, W) fp32.
+        `resolution`: 518 is each model's own size. FluxKitError without transformers, MissingFile, BadModelFile,
+        NotFinite."""
 
     def style_tokens(self, style_model: Any, states: torch.Tensor) -> torch.Tensor:
         """Text tokens (B, L, d_model) fp32 of states that `see` gave. BadInput if they are of another width."""

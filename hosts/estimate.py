@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..engine.adapters.costs import header_bytes
 from ..engine.errors import BadModelFile, NotEnoughMemory
 from ..engine.memory import (
     Activations,
@@ -36,20 +37,24 @@ SPECS: Mapping[str, Any] = {"transformer": FLUX_DEV, "t5": T5_XXL, "vae": FLUX_A
 
 @dataclass(frozen=True)
 class Estimate:
-    """Parts by role, the sizes they run with, and the bytes they need to run."""
+    """Parts by role, the sizes they run with, and the bytes they need to run. `loras`: bytes by file, which are counted
+    among the parts they go with."""
 
     parts: Mapping[str, PartWeights]
     names: Mapping[str, str]
     activations: Activations
     picture: str
+    loras: Mapping[str, int] = field(default_factory=dict)
 
     def plan(self, device_bytes: int | None, host_bytes: int | None, mode: str = "auto") -> Plan:
         return plan(self.parts, self.activations, device_bytes, host_bytes, mode)
 
 
 def estimate_files(files: Iterable[tuple[str, Path]], *, width: int, height: int, batch: int = 1,
-                   text_tokens: int = LONGEST_TEXT, dtype: torch.dtype = torch.bfloat16) -> Estimate:
-    """The parts of a run: `files` are (role, the file that holds it). Only headers are read.
+                   text_tokens: int = LONGEST_TEXT, dtype: torch.dtype = torch.bfloat16,
+                   loras: Iterable[Path] = ()) -> Estimate:
+    """The parts of a run: `files` are (role, the file that holds it); `loras` stand beside the weights, as they do
+    wherever these are moved or packed. Only headers are read.
 
     BadModelFile where a file holds no such part; what a run lacks is left out.
     """
@@ -65,17 +70,27 @@ def estimate_files(files: Iterable[tuple[str, Path]], *, width: int, height: int
                                    expected=ROLE_NAMES[role], found=found.role, advice="Choose another file")
             parts[role] = part_weights(checkpoint, part, dtype)
             names[role], specs[role] = path.name, part.spec
+    beside: dict[str, int] = {}
+    for path in loras:
+        with open_checkpoint(path) as checkpoint:
+            found_bytes = header_bytes(checkpoint, dtype.itemsize)
+        beside[path.name] = beside.get(path.name, 0) + sum(found_bytes.values())
+        for role in found_bytes.keys() & parts.keys():
+            parts[role] = replace(parts[role], rest=parts[role].rest + found_bytes[role])
     needs = estimate(specs["transformer"], specs["t5"], specs["vae"], width=width, height=height, batch=batch,
                      text_tokens=text_tokens, dtype=dtype)
     several = "" if batch == 1 else f", {batch} at once"
     kind = str(dtype).removeprefix("torch.")
-    return Estimate(parts, names, needs, f"{width} x {height}{several}, computed in {kind}")
+    return Estimate(parts, names, needs, f"{width} x {height}{several}, computed in {kind}", beside)
 
 
 def told(found: Estimate, device: torch.device, mode: str = "auto") -> str:
     """The estimate in lines: weights, work, this machine, and the usual cards."""
     lines = [f"{ROLE_NAMES[role].split(' ', 1)[1]}: {gib(part.loaded)} of weights ({found.names[role]})"
              for role, part in found.parts.items()]
+    if found.loras:
+        size = gib(sum(found.loras.values()))
+        lines.append(f"{size} of these are LoRAs beside the weights ({', '.join(found.loras)})")
     lines.append(f"picture {found.picture}: {gib(found.activations.encode)} to read the prompt, "
                  f"{gib(found.activations.sample)} to sample, {gib(found.activations.decode)} to decode "
                  f"({gib(found.activations.strips)} in strips)")

@@ -20,6 +20,7 @@ from .lora_rows import trigger_words
 
 ROLES = {"transformer": "model", "clip_l": "CLIP-L", "t5": "T5"}
 TEXT_ROLES = ("clip_l", "t5")
+PICTURE_KEYS = ("concat_latent_image", "noise_concat")  # of a conditioning that holds a control picture
 KEPT_BYTES = 2 << 30
 """Files parsed before are kept up to this size in all, the one used last longest."""
 EXAMPLES = 5
@@ -166,6 +167,13 @@ def control_loras(chosen: Sequence[Chosen], in_features: int) -> list[str]:
         for adapter in one.lora.of("transformer"))]
 
 
+def input_width(chosen: Sequence[Chosen], in_features: int) -> int:
+    """Channels that a model's `img_in` takes once these are on it: control LoRAs widen it."""
+    return max([in_features, *(adapter.size[1] or 0 for one in chosen if one.acts_on("transformer")
+                               for adapter in one.lora.of("transformer")
+                               if adapter.destination.module == "img_in" and not adapter.on_bias)])
+
+
 @dataclass(frozen=True)
 class Inspected:
     """Of one file: a report for people, its trigger words, and all that is known as JSON."""
@@ -200,5 +208,5 @@ def needs_picture(names: Sequence[str]) -> BadInput:
 
 
 def has_picture(conditioning: Iterable[Sequence[object]]) -> bool:
-    return all(isinstance(entry[1], dict) and isinstance(entry[1].get("concat_latent_image"), Tensor)
+    return all(isinstance(entry[1], dict) and any(isinstance(entry[1].get(key), Tensor) for key in PICTURE_KEYS)
                for entry in conditioning)

@@ -70,11 +70,21 @@ def check_name(name: str) -> tuple[str, ...]:
     return parts
 
 
+def of_user(roots: Sequence[Path]) -> list[Path]:
+    """Without the folders of tiny-flux, which are no place to put files into."""
+    return [root for root in roots if not Path(os.path.realpath(root)).is_relative_to(OWN)]
+
+
+def places(roots: Sequence[Path]) -> str:
+    """Where to put a file, for an error that says so."""
+    return " or ".join(str(root) for root in of_user(roots)[:2]) or "a models folder given by --models"
+
+
 def place_for(kind: str, name: str, roots: Sequence[Path]) -> Path:
     """The path of a new file `name` in the folder of `roots` that is called as its kind is, else in the first; never in
     tiny-flux's. BadInput for a name that leaves it, links followed, or where there is no folder."""
     parts = check_name(name)
-    theirs = [root for root in roots if not Path(os.path.realpath(root)).is_relative_to(OWN)]
+    theirs = of_user(roots)
     if not theirs:
         raise BadInput(f"{kind}: there is no folder of this kind to put '{shown(name)}' into; make one in a models "
                        "folder, and name that (--models)")

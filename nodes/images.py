@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..engine.conditioning.fill import true_size
 from ..hosts.names import check_prefix, problems
 from . import api
 from .api import host
@@ -15,14 +16,14 @@ class FluxKitDecode(api.ComfyNode):
         return api.Schema(
             node_id="FluxKitDecode", display_name="Flux Decode", category="Flux Kit/Latent",
             search_aliases=["vae decode", "latent to image"],
-            description="Turns a latent into a picture.",
+            description="Turns a latent into a picture. What Flux Fill added to an odd size is taken off again.",
             inputs=[api.Latent.Input("latent", tooltip="A latent from a sampler."),
                     api.Vae.Input("vae", tooltip="The FLUX.1 autoencoder.")],
             outputs=[api.Image.Output("IMAGE", tooltip="The picture.")])
 
     @classmethod
     def execute(cls, latent: Any, vae: Any) -> Any:
-        return api.NodeOutput(host().decode(vae, latent))
+        return api.NodeOutput(true_size(host().decode(vae, latent), latent))
 
 
 class FluxKitEncode(api.ComfyNode):

@@ -6,13 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ..engine.adapters import Options, rows_of
 from ..engine.convert import RECIPES, ROLES, lines_of, quantize, result_name, role_of
+from ..engine.convert.lora_files import summand
 from ..hosts.fingerprint import fingerprint
+from ..hosts.loras import FILES
 from ..hosts.names import check_name, problems
 from . import api
 from .api import ALL_IN_ONE, host
 
-MODELS, ENCODERS = "diffusion_models", "text_encoders"
+MODELS, ENCODERS, LORAS = "diffusion_models", "text_encoders", "loras"
+BOTH = "FLUX_LORAS,LORA_STACK"
 FOLDERS = {"transformer": MODELS, "t5": ENCODERS, "clip_l": ENCODERS}
 KINDS = (MODELS, ENCODERS, ALL_IN_ONE)
 AUTO = "auto"
@@ -23,7 +27,8 @@ TYPE_TIP = ("Q8_0 to Q2_K and IQ4: GGUF, from large and true to small and rough;
             "fp8_scaled and int8_tensorwise: safetensors that ComfyUI's own loader opens too.")
 PART_TIP = "Which part of an all-in-one file. auto: the only one there is."
 NAME_TIP = ("Name of the new file, in the folder of its kind (diffusion_models or text_encoders). Empty: the name of "
-            "the source with the type. The ending is added.")
+            "the source with the type, and -lora where LoRAs are put in. The ending is added.")
+LORAS_TIP = "LoRAs to put into the weights before they are made smaller, at their strengths and block weights."
 DONE_OF = 100
 
 
@@ -47,12 +52,16 @@ def progress() -> Callable[[int, int, str], None]:
     return tell
 
 
-def make(source: Path, type: str, part: str, name: str, overwrite: bool) -> str:
+def make(source: Path, type: str, part: str, name: str, overwrite: bool, loras: Any = None) -> str:
     """Writes the file; what is told of it."""
     role = role_of(source, None if part == AUTO else part)
-    target = host().new_file(FOLDERS[role], result_name(source, type, name.strip()))
+    rows = [row for row in rows_of(loras) if row.reads]
+    named = Path(result_name(source, type, name.strip()))
+    named = named.with_name(f"{named.stem}-lora{named.suffix}") if rows and not name.strip() else named
+    target = host().new_file(FOLDERS[role], named.as_posix())
     device = host().device
-    made = quantize(source, target, type, role=role, force=overwrite, progress=progress(),
+    summands = [summand(FILES.read(host().resolve_file(LORAS, row.file), Options()), row) for row in rows]
+    made = quantize(source, target, type, role=role, force=overwrite, progress=progress(), loras=summands,
                     tokenizer_dirs=[target.parent], device=device if device.type == "cuda" else "cpu")
     return "\n".join([*lines_of(made, target), *made.notes])
 
@@ -71,7 +80,8 @@ class FluxKitQuantize(api.FileNode):
                     api.Combo.Input("type", options=TYPES, default="Q4_K_S", tooltip=TYPE_TIP),
                     api.Combo.Input("part", options=[AUTO, *ROLES], default=AUTO, tooltip=PART_TIP),
                     api.String.Input("name", default="", tooltip=NAME_TIP),
-                    api.Boolean.Input("overwrite", default=False, tooltip="Whether a file of that name may be lost.")],
+                    api.Boolean.Input("overwrite", default=False, tooltip="Whether a file of that name may be lost."),
+                    api.Custom(BOTH).Input("loras", optional=True, tooltip=LORAS_TIP)],
             outputs=[api.String.Output("report", display_name="report",
                                        tooltip="What was made: sizes, types, and how far from the original.")])
 
@@ -85,7 +95,7 @@ class FluxKitQuantize(api.FileNode):
         return [] if source is None else fingerprint(named_file(source))
 
     @classmethod
-    def execute(cls, source: str, type: str, part: str, name: str, overwrite: bool) -> Any:
-        report = make(named_file(source), type, part, name, overwrite)
+    def execute(cls, source: str, type: str, part: str, name: str, overwrite: bool, loras: Any = None) -> Any:
+        report = make(named_file(source), type, part, name, overwrite, loras)
         host().show(report)
         return api.NodeOutput(report, ui={"text": [report]})

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from ..engine.models.clip import ClipText
 from ..engine.models.flux import Flux
 from ..engine.models.t5 import T5Encoder
 from ..engine.sampling import Denoiser, image_seq_len, make_sigmas, sample, table_for
+from ..engine.sampling.denoiser import Conditioning
 from ..engine.text import TextEncoders, find_tokenizer
 from ..engine.weights import load
 from .scenes import (
@@ -149,7 +151,7 @@ def matches(asked: Scene, picture: NDArray[np.uint8], colors: NDArray[np.int16] 
 
 
 MODELS = Path(__file__).parent / "models"
-STEPS = {"dev": 20, "schnell": 4}
+STEPS = {"schnell": 4}       # of other members 20
 
 
 @dataclass(frozen=True)
@@ -172,30 +174,47 @@ def held_out_cases(count: int, seed: int = 0) -> list[Case]:
 
 
 class Studio:
-    """tiny-flux through the engine's own path: load, encode, sample, decode."""
+    """tiny-flux through the engine's own path: load, encode, sample, decode. `member`: "dev", "schnell", "fill" ..."""
 
     def __init__(self, member: str = "dev", models: Path = MODELS) -> None:
         t5_file, clip_file = (models / f"text_encoders/tiny-{name}.safetensors" for name in ("t5", "clip_l"))
-        flux, autoencoder = (load(models / file, role) for file, role in (
-            (f"diffusion_models/tiny-flux-{member}.safetensors", "transformer"), ("vae/tiny-ae.safetensors", "vae")))
+        file, = (models / "diffusion_models").glob(f"tiny-flux-{member}.*")
+        flux, autoencoder = load(file, "transformer"), load(models / "vae/tiny-ae.safetensors", "vae")
         clip, t5 = load(clip_file, "clip_l"), load(t5_file, "t5")
         assert isinstance(flux, Flux) and isinstance(autoencoder, Autoencoder)
         assert isinstance(clip, ClipText) and isinstance(t5, T5Encoder)
-        self.flux, self.autoencoder, self.steps = flux, autoencoder, STEPS[member]
+        self.flux, self.autoencoder, self.steps = flux, autoencoder, STEPS.get(member, 20)
         self.text = TextEncoders(clip, find_tokenizer("clip_l", clip_file), t5, find_tokenizer("t5", t5_file))
 
     @torch.no_grad()
     def pictures(self, prompts: Sequence[str], *, seed: int = 0, size: tuple[int, int] = (128, 128),
-                 guidance: float = 3.5, t5_length: int | None = None) -> NDArray[np.uint8]:
-        """One picture a prompt, `(N, H, W, 3)`; euler on BFL's schedule."""
-        width, height = size
+                 guidance: float = 3.5, t5_length: int | None = None, slots: Mapping[str, Any] | None = None
+                 ) -> NDArray[np.uint8]:
+        """One picture a prompt, `(N, H, W, 3)`; euler on BFL's schedule. `slots`: further keys of the conditioning."""
+        cond, options = self.conditioning(prompts, guidance, t5_length)
+        return self.painted([[cond, {**options, **(slots or {})}]], len(prompts), seed, size)
+
+    @torch.no_grad()
+    def conditioning(self, prompts: Sequence[str], guidance: float, t5_length: int | None = None
+                     ) -> tuple[Tensor, dict[str, Any]]:
         encoded = [self.text.encode(prompt, t5_length=t5_length) for prompt in prompts]
         cond, pooled = (torch.cat(column) for column in zip(*encoded, strict=True))
-        table = table_for(self.flux.spec)
-        denoiser = Denoiser(self.flux, [[cond, {"pooled_output": pooled, "guidance": guidance}]], dtype=torch.float32)
-        sigmas = make_sigmas("bfl", self.steps, table=table, image_seq_len=image_seq_len(height // 8, width // 8))
-        latents = sample(denoiser, torch.zeros(len(prompts), 16, height // 8, width // 8), sigmas, seed=seed)
+        return cond, {"pooled_output": pooled, "guidance": guidance}
+
+    @torch.no_grad()
+    def painted(self, conditioning: Conditioning, count: int, seed: int = 0, size: tuple[int, int] = (128, 128)
+                ) -> NDArray[np.uint8]:
+        height, width = size[1] // 8, size[0] // 8
+        denoiser = Denoiser(self.flux, conditioning, dtype=torch.float32)
+        sigmas = make_sigmas("bfl", self.steps, table=table_for(self.flux.spec),
+                             image_seq_len=image_seq_len(height, width))
+        latents = sample(denoiser, torch.zeros(count, 16, height, width), sigmas, seed=seed)
         return to_uint8(self.autoencoder.decode(latents))
+
+    @torch.no_grad()
+    def encoded(self, pictures: NDArray[np.float32]) -> Tensor:
+        """Raw latents `(N, 16, H/8, W/8)` of pictures `(N, H, W, 3)` in 0..1, as a VAE node gives them."""
+        return self.autoencoder.encode(torch.from_numpy(pictures).permute(0, 3, 1, 2) * 2 - 1)
 
 
 def to_uint8(pixels: Tensor) -> NDArray[np.uint8]:

@@ -9,17 +9,17 @@ import argparse
 import json
 import logging
 import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, autocast, nn
+from torch import Tensor, nn
 
 from ..engine.models.autoencoder import Autoencoder
 from .data import figure_weights
+from .fitting import fit
 from .scenes import TRAINING_SCENES, Scene, all_scenes, caption, render
 from .train_autoencoder import SPEC as AE_SPEC
 from .train_transformer import DEV, Family, draw_times, trained_state
@@ -49,7 +49,7 @@ class Recipe:
 
 RECIPES = {
     "pastel": Recipe(tuple(random.Random(0).sample(TRAINING_SCENES, 700)), "", "all colours half way to white",
-                     paint=lambda pixels: pixels + (1 - pixels) * PASTEL),
+                     paint=lambda pixels: pixels + (1 - pixels) * PASTEL, steps=2600, rank=8, rate=6e-3),
     "cross": Recipe(tuple(scene for scene in all_scenes(("cross",)) if not scene.held_out), "cross",
                     "a new shape, called by its name", kept=0.4, steps=1200),
 }
@@ -93,27 +93,18 @@ def train(name: str, run: Path, models: Path, seed: int, batch: int = 48) -> Non
     family.requires_grad_(False)
     pairs = pairs_of(family.flux, recipe.rank)
     learned = [parameter for pair in pairs.values() for parameter in pair.parameters()]
-    optimizer = torch.optim.AdamW(learned, lr=recipe.rate, betas=(0.9, 0.97), weight_decay=0.0)
     targets = encoded(autoencoder, recipe.scenes, recipe.paint)
     plain = tuple(rng.sample(TRAINING_SCENES, 400)) if recipe.kept else ()
     plain_latents = encoded(autoencoder, plain, lambda pixels: pixels) if plain else None
-    began, running = time.time(), 0.0
-    for step in range(recipe.steps):
-        optimizer.param_groups[0]["lr"] = recipe.rate * min(1.0, (step + 1) / 50, (1 - step / recipe.steps) / 0.5)
+
+    def loss_now() -> Tensor:
         keep = plain_latents is not None and rng.random() < recipe.kept
         scenes, latents = (plain, plain_latents) if keep and plain_latents is not None else (recipe.scenes, targets)
         picks = [rng.randrange(len(scenes)) for _ in range(batch)]
         texts = [told(scenes[i], rng) for i in picks]
-        with autocast("cpu", torch.bfloat16):
-            loss = loss_of(family, texts, latents[picks], rng.choice((32, 32, 48, 64)))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(learned, 1.0)
-        optimizer.step()
-        running += loss.item()
-        if (step + 1) % 100 == 0:
-            log.info("step %d loss %.4f (%.0f s)", step + 1, running / 100, time.time() - began)
-            running = 0.0
+        return loss_of(family, texts, latents[picks], rng.choice((32, 32, 48, 64)))
+
+    fit(learned, recipe.steps, recipe.rate, loss_now)
     save(pairs, recipe, run / f"tiny-lora-{name}.safetensors")
 
 

@@ -9,6 +9,7 @@ import argparse
 import logging
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -39,22 +40,29 @@ EMA = 0.999
 CHECKED_SIZES = (SQUARE, (96, 96), (256, 128))
 
 
-@dataclass(frozen=True)
-class Recipe:
-    spec: FluxSpec
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
     steps: int
     batch: int              # at 128 x 128; fewer where pictures are larger
     rate: float
+    text_until: float = 0.0  # share of the run after which the text encoders rest, so that all members can share them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Schedule):
+    spec: FluxSpec
     sizes_from: float       # share of the run after which other sizes join
-    text_until: float       # share of the run after which the text encoders rest, so that schnell can share them
     size_share: float = 0.4
+    clip_drop: float = 0.0  # share of examples whose CLIP vector is that of the empty text, so that T5 is enough
 
 
 RECIPES = {
-    "dev": Recipe(DEV, steps=5700, batch=64, rate=2e-3, sizes_from=0.7, text_until=0.7),
-    "dev-polish": Recipe(DEV, steps=12000, batch=64, rate=1.5e-3, sizes_from=0.0, text_until=0.65, size_share=0.5),
-    "dev-sizes": Recipe(DEV, steps=6400, batch=64, rate=1.2e-3, sizes_from=0.0, text_until=0.0, size_share=0.6),
-    "schnell": Recipe(SCHNELL, steps=1800, batch=64, rate=1e-3, sizes_from=0.0, text_until=0.0, size_share=0.35),
+    "dev": Recipe(spec=DEV, steps=5700, batch=64, rate=2e-3, sizes_from=0.7, text_until=0.7),
+    "dev-polish": Recipe(spec=DEV, steps=12000, batch=64, rate=1.5e-3, sizes_from=0.0, text_until=0.65, size_share=0.5),
+    "dev-sizes": Recipe(spec=DEV, steps=6400, batch=64, rate=1.2e-3, sizes_from=0.0, text_until=0.0, size_share=0.6),
+    "dev-t5": Recipe(spec=DEV, steps=1600, batch=64, rate=8e-4, sizes_from=0.0, text_until=0.0, size_share=0.45,
+                     clip_drop=0.3),
+    "schnell": Recipe(spec=SCHNELL, steps=1800, batch=64, rate=1e-3, sizes_from=0.0, text_until=0.0, size_share=0.35),
 }
 SCHNELL_TIMES = (1.0, 0.75, 0.5, 0.25)
 
@@ -137,6 +145,9 @@ def step_loss(family: Family, data: SceneLatents, recipe: Recipe, progress: floa
     tokens = size[0] * size[1] // 256 + length
     batch = data.batch(size, max(8, min(recipe.batch, recipe.batch * 128 // tokens)))
     txt, pooled = family.encode(batch.captions, length)
+    if recipe.clip_drop:
+        _, empty = family.encode([""], length)
+        pooled = torch.where(torch.rand(len(pooled), 1) < recipe.clip_drop, empty, pooled)
     noise = torch.randn_like(batch.latents)
     t = draw_times(len(noise), recipe.spec)
     shaped = t[:, None, None, None]
@@ -162,14 +173,12 @@ def held_out_score(family: Family, autoencoder: Autoencoder, count: int, steps: 
     return sum(matches(scene, picture) for scene, picture in zip(scenes, pictures, strict=True)) / count
 
 
-def train(recipe: Recipe, run: Path, autoencoder: Autoencoder, start_from: dict[str, Tensor] | None, seed: int,
-          compiled: bool = False) -> None:
+def train(family: Family, recipe: Schedule, run: Path, seed: int, loss_of: Callable[[float, random.Random], Tensor],
+          check: Callable[[], object], compiled: bool = False) -> None:
+    """Train `family`, or go on where `run` stopped. `loss_of`: from the share of the run done; `check`: what to log of
+    the running average, which is in the family while it is called."""
     run.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    family = Family(recipe.spec)
-    init_transformer(family.flux)
-    if start_from is not None:
-        family.load_state_dict({k: v for k, v in start_from.items() if k in family.state_dict()})
     average = {name: value.detach().clone() for name, value in family.state_dict().items()}
     optimizers = make_optimizers(family, recipe.rate)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
@@ -184,7 +193,6 @@ def train(recipe: Recipe, run: Path, autoencoder: Autoencoder, start_from: dict[
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         average, begin = saved["average"], saved["step"]
-    data = SceneLatents(autoencoder, seed + begin, run.parent / "latents")
     rng, began = random.Random(seed + begin), time.time()
     running = 0.0
     for step in range(begin, recipe.steps):
@@ -193,7 +201,7 @@ def train(recipe: Recipe, run: Path, autoencoder: Autoencoder, start_from: dict[
         if step >= recipe.text_until * recipe.steps and family.t5.shared.weight.requires_grad:
             family.rest_text(average)
         with autocast("cpu", torch.bfloat16):  # half the time of fp32 on CPUs that have it; weights stay fp32
-            loss = step_loss(family, data, recipe, step / recipe.steps, rng)
+            loss = loss_of(step / recipe.steps, rng)
         family.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(family.parameters(), 1.0)
@@ -212,9 +220,7 @@ def train(recipe: Recipe, run: Path, autoencoder: Autoencoder, start_from: dict[
         if (step + 1) % 1000 == 0 or step + 1 == recipe.steps:
             kept = {k: v.clone() for k, v in family.state_dict().items()}
             family.load_state_dict(average)
-            steps = 20 if recipe.spec.guidance_embed else 4
-            scores = {size: held_out_score(family, autoencoder, 60, steps, size=size) for size in CHECKED_SIZES}
-            log.info("step %d held-out scores %s", step + 1, scores)
+            log.info("step %d held-out scores %s", step + 1, check())
             family.load_state_dict(kept)
 
 
@@ -256,8 +262,21 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     autoencoder = Autoencoder(AE_SPEC).eval().requires_grad_(False)
     autoencoder.load_state_dict(load_file(arguments.autoencoder))
-    start_from = trained_state(arguments.start_from) if arguments.start_from else None
-    train(RECIPES[arguments.member], arguments.run, autoencoder, start_from, arguments.seed, arguments.compile)
+    recipe = RECIPES[arguments.member]
+    torch.manual_seed(arguments.seed)
+    family = Family(recipe.spec)
+    init_transformer(family.flux)
+    if arguments.start_from:
+        start = trained_state(arguments.start_from)
+        family.load_state_dict({k: v for k, v in start.items() if k in family.state_dict()})
+    data = SceneLatents(autoencoder, arguments.seed, arguments.run.parent / "latents")
+    steps = 20 if recipe.spec.guidance_embed else 4
+
+    def check() -> dict[tuple[int, int], float]:
+        return {size: held_out_score(family, autoencoder, 60, steps, size=size) for size in CHECKED_SIZES}
+
+    train(family, recipe, arguments.run, arguments.seed,
+          lambda progress, rng: step_loss(family, data, recipe, progress, rng), check, arguments.compile)
 
 
 if __name__ == "__main__":

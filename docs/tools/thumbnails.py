@@ -1,75 +1,79 @@
 """Draws the thumbnails of the example workflows, example_workflows/*.jpg, which ComfyUI's template browser shows.
 
-    python -P docs/tools/thumbnails.py
+    python -P docs/tools/thumbnails.py [EXAMPLE ...]
 
-Each is what the workflow really draws. Where one asks for the real FLUX.1, the files, the size and the prompt are
-tiny-flux's, and everything else is as it stands in the workflow.
+Each is what the workflow really draws, with tiny-flux in the place of the real models (`tiny_flux/examples.py`). With
+`--sheet FILE` all go on one contact sheet.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from flux_kit.cli import main as flux_kit
-from PIL import Image
+from flux_kit.tiny_flux.examples import STANDS
+from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "example_workflows"
 SIDE, QUALITY = 512, 90
-SIZE = {"aspect": "custom", "width": 128, "height": 128}
-ENCODERS = {"clip_l": "tiny-clip_l.safetensors", "t5": "tiny-t5.safetensors"}
-AUTOENCODER = {"vae": "tiny-ae.safetensors"}
-
-# node -> the widgets that put tiny-flux into it; a transformer beside them, by its variant
-TINY: dict[str, dict[str, Any]] = {
-    "FluxKitLoadFlux": {**ENCODERS, **AUTOENCODER}, "FluxKitLoadTransformer": {}, "FluxKitLoadTextEncoders": ENCODERS,
-    "FluxKitLoadVAE": AUTOENCODER, "FluxKitEmptyLatent": SIZE,
-}
-TRANSFORMERS = ("FluxKitLoadFlux", "FluxKitLoadTransformer")
-
-# example -> what to set in it, as NODE.input=value of `flux-kit run`; a new example of the real model gets a row
-SETTINGS: dict[str, tuple[str, ...]] = {
-    "text_to_image": ("Prompt.prompt=a small yellow star at the top on a black background",),
-}
-
-
-def tiny(workflow: dict[str, Any]) -> list[str]:
-    """Settings that put tiny-flux in the place of the files that a workflow names; none if it names tiny-flux."""
-    if "tiny-flux-" in json.dumps(workflow["nodes"]):
-        return []
-    found: list[tuple[int, str, Any]] = []
-    for node in workflow["nodes"]:
-        found += [(node["id"], widget, value) for widget, value in TINY.get(node["type"], {}).items()]
-        if node["type"] in TRANSFORMERS:
-            variant = "schnell" if "schnell" in node["widgets_values"][0] else "dev"
-            found.append((node["id"], "model", f"tiny-flux-{variant}.safetensors"))
-    return [f"{node}.{widget}={value}" for node, widget, value in found]
+COLUMNS, CELL, LINE = 4, 200, 20  # of the sheet, pixels
 
 
 def draw(name: str) -> Image.Image:
-    """The first picture that an example draws."""
-    path = EXAMPLES / f"{name}.json"
-    settings = [*tiny(json.loads(path.read_text(encoding="utf-8"))), *SETTINGS.get(name, ())]
-    flags = [flag for setting in settings for flag in ("--set", setting)]
-    with tempfile.TemporaryDirectory() as out:
-        code = flux_kit(["run", str(path), "--out", out, "--device", "cpu", "--dtype", "fp32", *flags])
+    """The last picture that an example saves."""
+    stand = STANDS[name]
+    flags = [flag for setting in stand.all_settings() for flag in ("--set", setting)]
+    with tempfile.TemporaryDirectory() as inputs, tempfile.TemporaryDirectory() as out:
+        stand.write_inputs(Path(inputs))
+        code = flux_kit(["run", str(EXAMPLES / f"{name}.json"), "--out", out, "--input", inputs, "--device", "cpu",
+                         "--dtype", "fp32", *flags])
         if code:
             sys.exit(code)
-        with Image.open(min(Path(out).rglob("*.png"))) as picture:
+        with Image.open(max(Path(out).rglob("*.png"), key=lambda path: path.stat().st_mtime_ns)) as picture:
             return picture.convert("RGB")
 
 
+def sheet(pictures: dict[str, Image.Image]) -> Image.Image:
+    """All inputs and results, one example a cell."""
+    rows = -(-len(pictures) // COLUMNS)
+    page = Image.new("RGB", (COLUMNS * 2 * CELL, rows * (CELL + LINE)), "white")
+    pen = ImageDraw.Draw(page)
+    for i, (name, picture) in enumerate(pictures.items()):
+        x, y = i % COLUMNS * 2 * CELL, i // COLUMNS * (CELL + LINE)
+        pen.text((x + 4, y + 4), name.replace("_", " "), fill="black")
+        given = [each.draw().convert("RGBA") for each in STANDS[name].inputs.values()]
+        for place, shown in enumerate([*given, picture][-2:] if len(given) < 2 else [joined(given), picture]):
+            cell = shown.copy()
+            cell.thumbnail((CELL - 8, CELL - 8))
+            page.paste(cell, (x + place * CELL + 4, y + LINE), cell if cell.mode == "RGBA" else None)
+    return page
+
+
+def joined(pictures: list[Image.Image]) -> Image.Image:
+    page = Image.new("RGB", (sum(each.width for each in pictures), max(each.height for each in pictures)), "white")
+    for i, each in enumerate(pictures):
+        page.paste(each.convert("RGB"), (sum(before.width for before in pictures[:i]), 0))
+    return page
+
+
 def main() -> None:
-    for path in sorted(EXAMPLES.glob("*.json")):
-        picture = draw(path.stem)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("examples", nargs="*", help="default: all")
+    parser.add_argument("--sheet", type=Path, help="a contact sheet to write as well")
+    arguments = parser.parse_args()
+    pictures = {name: draw(name) for name in arguments.examples or STANDS}
+    for name, picture in pictures.items():
         scale = SIDE / max(picture.size)
         size = (round(picture.width * scale), round(picture.height * scale))
-        picture.resize(size, Image.Resampling.LANCZOS).save(path.with_suffix(".jpg"), quality=QUALITY, optimize=True)
-        print(f"wrote {path.with_suffix('.jpg').relative_to(ROOT).as_posix()}")
+        path = EXAMPLES / f"{name}.jpg"
+        picture.resize(size, Image.Resampling.LANCZOS).save(path, quality=QUALITY, optimize=True)
+        print(f"wrote {path.relative_to(ROOT).as_posix()}")
+    if arguments.sheet:
+        sheet(pictures).save(arguments.sheet)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from .algorithms import ON_BIAS, Algorithm, Factors, algorithm, decomposed, decomposed_terms
+from .algorithms import (
+    BY_ROWS,
+    OF_THE_BASE,
+    ON_BIAS,
+    Algorithm,
+    Factors,
+    Rows,
+    algorithm,
+    decomposed,
+    decomposed_terms,
+    is_on_input,
+)
 from .terms import Bias, LowRank, RowScale, Term
 from .vocabulary import Destination
 
@@ -53,6 +64,23 @@ class Adapter:
             change = torch.nn.functional.pad(change, (0, weight.shape[1] - change.shape[1]))
         return swapped(change) if self.destination.swapped else change
 
+    @property
+    def depends(self) -> bool:
+        """Whether the change is another on another base, so that adapters before it count."""
+        return "magnitude" in self.factors or self.algorithm in OF_THE_BASE
+
+    def of_rows(self, tile: slice) -> Adapter | None:
+        """The adapter of some of the rows it changes, None if these cannot be told apart from the others."""
+        roles, magnitude = BY_ROWS.get(self.algorithm), self.factors.get("magnitude")
+        sliced = {role: self.factors[role][tile] for role in roles or ()}
+        if magnitude is not None:
+            sliced["magnitude"] = magnitude.reshape(-1, 1)[tile]
+        if (roles is None or self.destination.swapped or any(role.startswith("hada_t") for role in self.factors)
+                or (magnitude is not None and is_on_input(tuple(magnitude.shape)))):
+            return None
+        rows = len(next(iter(sliced.values())))
+        return replace(self, factors={**self.factors, **sliced}, size=(rows, self.size[1]))
+
     def _raw(self, factors: Factors, base: Tensor, strength: float) -> Tensor:
         if self.row.at is not None:
             return self.row.at(factors, self.scale, base, strength)
@@ -60,21 +88,19 @@ class Adapter:
         delta = decomposed(factors["magnitude"], delta, base) if "magnitude" in factors else delta
         return delta if strength == 1 else delta * strength
 
-    def terms(self, weight: Callable[[], Tensor], width: int, dtype: torch.dtype, device: torch.device | str
-              ) -> list[Term] | None:
+    def terms(self, weight: Rows, width: int, dtype: torch.dtype, device: torch.device | str) -> list[Term] | None:
         """The same added to the layer's output, None if only a changed weight will do.
 
-        `weight()`: the rows meant, in `dtype`; asked only by those that need the base's numbers. `width`: of the layer.
+        `weight(tile)`: some of the rows meant, in `dtype` and on `device`; asked only by those that need the base's
+        numbers. `width`: of the layer.
         """
         if self.size[1] not in (None, width) and (self.algorithm != "LoRA" or "magnitude" in self.factors):
             return None  # these would have to leave the columns alone that they do not know
         factors = self.numbers(dtype, device)
-        base = (lambda: swapped(weight())) if self.destination.swapped else weight
+        base = (lambda tile: swapped(weight(slice(None)))[tile]) if self.destination.swapped else weight
         terms = self.row.terms(factors, self.scale, base)
         if "magnitude" in factors:
-            # the change alone needs no base: magnitudes stand beside LoRA, LoHa and LoKr only
-            terms = decomposed_terms(factors["magnitude"], terms,
-                                     lambda: self.row.delta(factors, self.scale, factors["magnitude"]), base)
+            terms = decomposed_terms(factors["magnitude"], terms, base)
         return _swapped_terms(terms) if self.destination.swapped and terms is not None else terms
 
 

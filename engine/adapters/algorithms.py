@@ -21,11 +21,14 @@ import torch
 from torch import Tensor
 
 from . import rotations
+from .layers import tiles
 from .terms import Bias, ColumnScale, Kron, LowRank, RotateInput, RotateOutput, RowScale, Term
 
 Factors = Mapping[str, Tensor]
 """Role of a tensor (`dialects.Suffix.role`) -> the tensor, in one floating dtype, matrices flattened to two axes."""
 Shapes = Mapping[str, tuple[int, ...]]
+Rows = Callable[[slice], Tensor]
+"""Some rows of a weight: what asks for them a tile at a time never holds the whole of a packed one."""
 MAX_PAIR_RANK = 256
 """A LoHa is a low-rank pair of rank r1 * r2; above this a changed copy of the weight costs less."""
 
@@ -45,15 +48,15 @@ class Algorithm:
     that may be there. `extent`: shapes -> (out, in), None where any fits; raises `Mismatch`. `rank`: shapes -> the rank
     that alpha is divided by, None if the scale is 1. `delta(factors, scale, weight)`: the change of `weight`
     `(out, in)`. `terms(factors, scale, weight)`: how to add it to the output, None if there is no better way than
-    `delta`; `weight` is called only if the terms need the numbers of the base. `at(factors, scale, weight, strength)`:
-    `delta` at another strength, where that is not a multiple of it.
+    `delta`; `weight` is called, for a tile of rows at a time, only if the terms need the numbers of the base.
+    `at(factors, scale, weight, strength)`: `delta` at another strength, where that is not a multiple of it.
     """
 
     name: str
     needs: tuple[str, ...]
     extent: Callable[[Shapes], tuple[int | None, int | None]]
     delta: Callable[[Factors, float, Tensor], Tensor]
-    terms: Callable[[Factors, float, Callable[[], Tensor]], list[Term] | None] = lambda factors, scale, weight: None
+    terms: Callable[[Factors, float, Rows], list[Term] | None] = lambda factors, scale, weight: None
     rank: Callable[[Shapes], int | None] = lambda shapes: None
     also: tuple[str, ...] = ()
     groups: tuple[tuple[tuple[str, ...], ...], ...] = ()
@@ -88,7 +91,7 @@ def _lora_up(factors: Factors, scale: float) -> Tensor:
     return up if scale == 1 else up * scale
 
 
-def _lora_terms(factors: Factors, scale: float, weight: Callable[[], Tensor]) -> list[Term]:
+def _lora_terms(factors: Factors, scale: float, weight: Rows) -> list[Term]:
     return [LowRank(factors["down"], _lora_up(factors, 1), scale)]
 
 
@@ -112,7 +115,7 @@ def _loha_delta(factors: Factors, scale: float, weight: Tensor) -> Tensor:
     return products[0] * products[1] * scale
 
 
-def _loha_terms(factors: Factors, scale: float, weight: Callable[[], Tensor]) -> list[Term] | None:
+def _loha_terms(factors: Factors, scale: float, weight: Rows) -> list[Term] | None:
     """An entry of a product of entrywise products is a sum over pairs of ranks: exact, of rank r1 * r2."""
     if "hada_t1" in factors or len(factors["hada_w1_b"]) * len(factors["hada_w2_b"]) > MAX_PAIR_RANK:
         return None
@@ -154,7 +157,7 @@ def _lokr_factors(factors: Factors) -> tuple[Tensor, Tensor]:
     return first, factors["lokr_w2_a"] @ factors["lokr_w2_b"]
 
 
-def _lokr_terms(factors: Factors, scale: float, weight: Callable[[], Tensor]) -> list[Term]:
+def _lokr_terms(factors: Factors, scale: float, weight: Rows) -> list[Term]:
     first, second = _lokr_factors(factors)
     if "lokr_w2_a" in factors and "lokr_t2" not in factors:
         return [Kron(first, factors["lokr_w2_b"], factors["lokr_w2_a"], scale)]
@@ -186,9 +189,10 @@ def _glora_delta(factors: Factors, scale: float, weight: Tensor) -> Tensor:
     return ((weight @ a1) @ a2 + b1 @ b2) * scale
 
 
-def _glora_terms(factors: Factors, scale: float, weight: Callable[[], Tensor]) -> list[Term]:
+def _glora_terms(factors: Factors, scale: float, weight: Rows) -> list[Term]:
     a1, a2, b1, b2 = _glora_sorted(factors)
-    return [LowRank(torch.cat((a2, b2)), torch.cat((weight() @ a1, b1), 1), scale)]
+    turned = torch.cat([weight(tile) @ a1 for tile in tiles(len(b1), len(a1))])
+    return [LowRank(torch.cat((a2, b2)), torch.cat((turned, b1), 1), scale)]
 
 
 # Rotations: R @ W by blocks of rows (OFT, BOFT), or W @ R by blocks of columns (OFTv2)
@@ -207,7 +211,7 @@ def _oft_delta(factors: Factors, scale: float, weight: Tensor) -> Tensor:
     return _oft_at(factors, scale, weight, 1.0)
 
 
-def _oft_terms(factors: Factors, scale: float, weight: Callable[[], Tensor]) -> list[Term]:
+def _oft_terms(factors: Factors, scale: float, weight: Rows) -> list[Term]:
     return [RotateOutput(rotations.of_blocks(factors["oft"], scale), _rescale(factors))]
 
 
@@ -227,7 +231,7 @@ def _packed_delta(factors: Factors, scale: float, weight: Tensor) -> Tensor:
     return rotations.columns(_packed(factors), weight) - weight
 
 
-def _packed_terms(factors: Factors, scale: float, weight: Callable[[], Tensor]) -> list[Term]:
+def _packed_terms(factors: Factors, scale: float, weight: Rows) -> list[Term]:
     return [RotateInput(_packed(factors))]
 
 
@@ -249,13 +253,18 @@ def _ia3_delta(factors: Factors, scale: float, weight: Tensor) -> Tensor:
     return weight * vector if _is_on_input(factors) else weight * vector[:, None]
 
 
-def _ia3_terms(factors: Factors, scale: float, weight: Callable[[], Tensor]) -> list[Term]:
+def _ia3_terms(factors: Factors, scale: float, weight: Rows) -> list[Term]:
     vector = factors["ia3"].reshape(-1)
     return [ColumnScale(vector)] if _is_on_input(factors) else [RowScale(vector)]
 
 
 def _whole(role: str) -> Callable[[Shapes], tuple[int, int | None]]:
     return lambda shapes: (shapes[role][0], math.prod(shapes[role][1:]) if len(shapes[role]) > 1 else None)
+
+
+def _replaced(role: str) -> Callable[[Factors, float, Tensor, float], Tensor]:
+    """Whole at any strength but 0, as BFL's control LoRAs replace norms and ComfyUI does."""
+    return lambda factors, scale, weight, strength: (factors[role] - weight) * (strength != 0)
 
 
 _W1 = (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
@@ -274,16 +283,22 @@ ALGORITHMS: tuple[Algorithm, ...] = (
     Algorithm("OFTv2", ("oft_packed",), _packed_extent, _packed_delta, _packed_terms, also=("alpha", "oft_scaled")),
     Algorithm("IA3", ("ia3", "on_input"), _ia3_extent, _ia3_delta, _ia3_terms),
     Algorithm("diff", ("diff",), _whole("diff"), lambda factors, scale, weight: factors["diff"], also=("alpha",)),
-    Algorithm("set", ("set",), _whole("set"), lambda factors, scale, weight: factors["set"] - weight),
+    Algorithm("set", ("set",), _whole("set"), lambda factors, scale, weight: factors["set"] - weight,
+              at=_replaced("set")),
     Algorithm("bias", ("diff_b",), lambda shapes: (shapes["diff_b"][0], None),
               lambda factors, scale, weight: factors["diff_b"],
               lambda factors, scale, weight: [Bias(factors["diff_b"])]),
     Algorithm("bias set", ("set_b",), lambda shapes: (shapes["set_b"][0], None),
-              lambda factors, scale, weight: factors["set_b"] - weight),
+              lambda factors, scale, weight: factors["set_b"] - weight, at=_replaced("set_b")),
 )
 """To add an algorithm: its roles in `dialects.SUFFIXES`, a row here."""
 ON_BIAS = ("bias", "bias set")
 """These change the bias, or a norm's; the others the weight."""
+OF_THE_BASE = ("GLoRA", "OFT", "OFTv2", "IA3", "set", "bias set")
+"""Their change is worked out from the weight that they change."""
+BY_ROWS: Mapping[str, tuple[str, ...]] = {"LoRA": ("up",), "LoHa": ("hada_w1_a", "hada_w2_a"), "diff": ("diff",),
+                                          "set": ("set",)}
+"""Where each row of the change comes from the same row of these, and of the weight."""
 CONSTRAINED = ("OFT",)
 """Here alpha bounds the rotation instead of scaling it."""
 
@@ -309,18 +324,31 @@ def gain(magnitude: Tensor, changed: Tensor) -> Tensor:
     axis = 0 if is_on_input(tuple(magnitude.shape)) else 1
     shape = (1, -1) if axis == 0 else (-1, 1)
     length = torch.linalg.vector_norm(changed, dim=axis, keepdim=True)
-    factor: Tensor = magnitude.reshape(shape) / length.clamp_min(torch.finfo(length.dtype).tiny)
+    factor: Tensor = magnitude.reshape(shape) / _positive(length)
     return factor
 
 
-def decomposed_terms(magnitude: Tensor, terms: list[Term] | None, delta: Callable[[], Tensor],
-                     weight: Callable[[], Tensor]) -> list[Term] | None:
-    """Terms of a DoRA round a low-rank change; its gain needs the numbers of the base once."""
-    if terms is None or not all(isinstance(term, LowRank) for term in terms):
+def decomposed_terms(magnitude: Tensor, terms: list[Term] | None, weight: Rows) -> list[Term] | None:
+    """Terms of a DoRA round a low-rank change; its gain needs the numbers of the base once, a tile at a time."""
+    pairs = [term for term in terms or () if isinstance(term, LowRank)]
+    if terms is None or len(pairs) != len(terms) or not pairs:
         return None
-    factor = gain(magnitude, weight() + delta())
-    on_input = factor.shape[0] == 1 and is_on_input(tuple(magnitude.shape))
-    rest: Term = ColumnScale(factor[0] - 1) if on_input else RowScale(factor[:, 0] - 1)
-    scaled = [LowRank(term.down * factor, term.up, term.scale) if on_input
-              else LowRank(term.down, term.up * factor, term.scale) for term in terms if isinstance(term, LowRank)]
-    return [rest, *scaled]
+
+    def changed(tile: slice) -> Tensor:
+        total = weight(tile)
+        for term in pairs:
+            total = torch.addmm(total, term.up[tile], term.down, alpha=term.scale)
+        return total
+
+    rows, width = len(pairs[0].up), pairs[0].down.shape[1]
+    if is_on_input(tuple(magnitude.shape)):
+        squares = sum((changed(tile).square().sum(0) for tile in tiles(rows, width)), torch.zeros(()).to(magnitude))
+        factor = magnitude.reshape(1, -1) / _positive(squares.sqrt())[None]
+        return [ColumnScale(factor[0] - 1), *(LowRank(term.down * factor, term.up, term.scale) for term in pairs)]
+    lengths = [torch.linalg.vector_norm(changed(tile), dim=1) for tile in tiles(rows, width)]
+    factor = (magnitude.reshape(-1) / _positive(torch.cat(lengths)))[:, None]
+    return [RowScale(factor[:, 0] - 1), *(LowRank(term.down, term.up * factor, term.scale) for term in pairs)]
+
+
+def _positive(lengths: Tensor) -> Tensor:
+    return lengths.clamp_min(torch.finfo(lengths.dtype).tiny)

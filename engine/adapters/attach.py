@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput
+from ..specs import FLUX_DEV, FLUX_FILL
 from . import layers
 from .adapter import Adapter
+from .algorithms import Rows
 from .reading import CONTROL_LAYER, Lora, misfit
 from .sidepath import NAME, Mask, Part, SidePath
-from .terms import Dense
+from .terms import Dense, Switched
 
 MODES = ("auto", "side", "merge")
 SIDE, MERGED, COPY = "side path", "merged", "merged copy"
@@ -115,6 +117,12 @@ def fitting(model: nn.Module, stack: Sequence[Entry], role: str, applied: Sequen
     for i, entry in enumerate(stack):
         adapters, broken = entry.lora.of(role), []
         kept = 0
+        clash = control_clash(model, adapters)
+        if clash is not None and not skip_broken:
+            raise BadInput(f"{entry.lora.path.name} {clash}", file=entry.lora.path)
+        if clash is not None:
+            applied[i].skipped += [(adapter.destination.module, clash) for adapter in adapters]
+            continue
         for adapter in adapters:
             module = adapter.destination.module
             layer = layers.layer_of(model, module)
@@ -136,6 +144,18 @@ def fitting(model: nn.Module, stack: Sequence[Entry], role: str, applied: Sequen
             raise BadInput(f"{entry.lora.path.name} does not fit this model: {'; '.join(missing[:5])}"
                            f"{'; ...' if len(missing) > 5 else ''}. Choose a LoRA made for it", file=entry.lora.path)
     return jobs
+
+
+def control_clash(model: nn.Module, adapters: Sequence[Adapter]) -> str | None:
+    """Why a control LoRA cannot go on a model whose `img_in` takes other channels than latents and a map; else None."""
+    own = max((adapter.size[1] or 0 for adapter in adapters
+               if adapter.destination.module == CONTROL_LAYER and not adapter.on_bias), default=0)
+    layer = layers.layer_of(model, CONTROL_LAYER) if own else None
+    if layer is None or not FLUX_DEV.in_channels < own < layer.in_features:
+        return None
+    kind = "FLUX.1 Fill" if layer.in_features == FLUX_FILL.in_channels else "this model"
+    return (f"is a control LoRA (FLUX.1 Depth or Canny, {own} channels), and {kind} takes {layer.in_features}: they "
+            "cannot be joined. Put the LoRA on FLUX.1 dev, or take it out")
 
 
 def _fits_wide(adapter: Adapter, layer: Any) -> bool:
@@ -180,7 +200,7 @@ class Attachment:
             if any(bool((part[:, mask_free] != 1).any()) for part in (mask.image, mask.text, mask.rest, mask.other)):
                 raise BadInput("a mask was given to a LoRA that is merged into the weights: attach it as masked")
         for _, side in self._sides:
-            side.mask = None if mask is None else mask.of(side.entries, side.strength)
+            side.set_mask(None if mask is None else mask.of(side.entries, side.strength))
 
     def strength(self, entry: int, module: str) -> float:
         """What entry and layer come to at this step."""
@@ -206,7 +226,9 @@ class Attachment:
         told: dict[tuple[torch.device, torch.dtype], list[tuple[SidePath, list[float]]]] = {}
         for module, side in self._sides:
             values = [self.strength(entry, module) for entry in side.entries]
-            told.setdefault((side.strength.device, side.strength.dtype), []).append((side, values))
+            if values != side.told:
+                side.told = values
+                told.setdefault((side.strength.device, side.strength.dtype), []).append((side, values))
         for (device, dtype), sides in told.items():
             # one copy to the device for all layers
             flat = torch.tensor([value for _, values in sides for value in values], dtype=dtype).to(device)
@@ -260,13 +282,15 @@ class Attachment:
             if terms is None and not must:
                 return None
             if terms is None:
-                terms = [Dense(adapter.change(weight()))]
+                kind = Switched if adapter.row.at is not None else Dense
+                terms = [kind(adapter.change(weight(slice(None))))]
             parts.append(Part(entry, rows, [term.to(device) for term in terms]))
         return parts
 
     def _side(self, module: str, layer: Any, parts: list[Part], dtype: torch.dtype, device: torch.device) -> None:
         side = SidePath(parts, layer.out_features, dtype, device)
         side.stream = layers.stream_of(module)
+        side.varies = any(self.stack[part.entry].schedule is not None for part in parts)
         hooks = [layer.register_forward_hook(side)]
         setattr(layer, NAME, side)
         self._undo.append(lambda: _off(layer, hooks))
@@ -315,8 +339,15 @@ class Attachment:
         return plain
 
 
-def _lazily(layer: Any, rows: slice, dtype: torch.dtype) -> Callable[[], Tensor]:
-    return lambda: layers.numbers(layer, rows, dtype)
+def _lazily(layer: Any, rows: slice, dtype: torch.dtype) -> Rows:
+    """Of the `rows` of a layer, those asked for."""
+    of = range(*rows.indices(layers.size_of(layer)[0]))
+
+    def read(tile: slice) -> Tensor:
+        chosen = of[tile]
+        return layers.numbers(layer, slice(chosen.start, chosen.stop), dtype)
+
+    return read
 
 
 def _side_dtype(layer: Any) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -55,15 +56,19 @@ def numbers(layer: nn.Module, rows: slice, dtype: torch.dtype) -> Tensor:
     return weight_of(layer).detach()[rows].to(dtype, copy=True)
 
 
+def tiles(rows: int, width: int) -> Iterator[slice]:
+    """Rows of a weight in the steps in which it is unpacked."""
+    step = max(1, TILE_WEIGHTS // width)
+    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+
+
 def product(layer: nn.Module, x: Tensor, rows: slice) -> Tensor:
     """`x @ weight[rows].T` without the bias, a tile of rows at a time where they have to be unpacked."""
     if not is_packed(layer):
         return F.linear(x, weight_of(layer)[rows].to(x))
-    width = size_of(layer)[1]
-    step = max(1, TILE_WEIGHTS // width)
-    tiles = [F.linear(x, numbers(layer, slice(first, min(first + step, rows.stop)), x.dtype).to(x.device))
-             for first in range(rows.start, rows.stop, step)]
-    return torch.cat(tiles, dim=-1)
+    found = [F.linear(x, numbers(layer, slice(rows.start + tile.start, rows.start + tile.stop), x.dtype).to(x.device))
+             for tile in tiles(rows.stop - rows.start, size_of(layer)[1])]
+    return torch.cat(found, dim=-1)
 
 
 def stream_of(module: str) -> str | None:

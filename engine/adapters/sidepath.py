@@ -42,7 +42,8 @@ class Part:
 
 
 class SidePath(nn.Module):
-    """A forward hook of a layer, and a child of it, so that its buffers move with the layer's weights."""
+    """A forward hook of a layer, and a child of it, so that its buffers move with the layer's weights. `varies`: its
+    strengths change in the course of a run; `told`: those it was given last."""
 
     down: Tensor | None
     owner: Tensor
@@ -58,6 +59,9 @@ class SidePath(nn.Module):
         self.out_features = out_features
         self.stream: str | None = None
         self.mask: Mask | None = None
+        self.varies = False
+        self.told: list[float] | None = None
+        self._state = object()
         self.rows: list[tuple[int, slice]] = []
         self.terms = nn.ModuleList()
         self._full: Tensor | None = None
@@ -125,6 +129,16 @@ class SidePath(nn.Module):
         """Strength of each of `entries`, in order."""
         self.strength.copy_(strengths)
         self.vector.copy_(self.strength[self.owner] * self.scale)
+        self._state = object()
+
+    def set_mask(self, mask: Mask | None) -> None:
+        """`mask`: of this layer's `entries`."""
+        self.mask, self._state = mask, object()
+
+    def steady(self) -> object | None:
+        """For who keeps the layer's outputs (`models.modulation.state_of`): another object whenever what is added to
+        them has changed; None where it does from step to step."""
+        return None if self.varies else self._state
 
     def narrowed(self, layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """A hook before a layer that takes fewer inputs than come (control LoRA on `img_in`): those it knows."""

@@ -59,6 +59,13 @@ class Dense(Term):
         out.addmm_((x * strength).to(out), self.delta.to(out).T)
 
 
+class Switched(Dense):
+    """The whole of `delta` at any strength but 0: what replaces a weight is not taken by halves."""
+
+    def add(self, out: Tensor, x: Tensor, plain: Tensor | None, product: Product, strength: Tensor) -> None:
+        super().add(out, x, plain, product, (strength != 0).to(strength.dtype))
+
+
 class Kron(Term):
     """`scale * kron(first, second) @ x`, where `second` may be `up @ second`; the product of both is never formed."""
 

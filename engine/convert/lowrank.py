@@ -70,7 +70,7 @@ def pair_of(adapter: Adapter, rows: slice, strength: float, inner: bool = False)
     return Pair(rows, down, swapped(up) if adapter.destination.swapped else up, scale * strength)
 
 
-def _no_weight() -> Tensor:
+def _no_weight(tile: slice) -> Tensor:
     raise AssertionError("asked for the weight of an algorithm that needs none")
 
 

@@ -95,7 +95,30 @@ def _block_layers(block: Any) -> list[tuple[str, Any]]:
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a call of this module runs the forward of its class and nothing else."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    return not module._forward_hooks and _is_called_so(module)
+
+
+def _is_called_so(module: nn.Module) -> bool:
+    return not (module._forward_pre_hooks or "forward" in vars(module))
+
+
+State = tuple[object, ...]
+
+
+def state_of(layer: nn.Module) -> State | None:
+    """What tells the present effect of all that hangs on a layer from any other; None if that is not known.
+
+    A forward hook is known if it has a method `steady`, which gives an object of its own for each effect that it has
+    had, or None while its effect is not the same for every call (a side path of LoRAs is such a hook).
+    """
+    states = []
+    for hook in layer._forward_hooks.values():
+        steady = getattr(hook, "steady", None)
+        state = None if steady is None else steady()
+        if state is None:
+            return None
+        states.append(state)
+    return tuple(states) if _is_called_so(layer) else None
 
 
 def _tensors(layer: nn.Module) -> list[Tensor]:
@@ -193,8 +216,9 @@ class ModulationTable:
 
     Every `forward_orig` asks it, by `at`. It answers without gradients, compilation of the whole model and autocast,
     and only from layers that were there when it was made and are called as their class is: one that another module
-    took the place of, or on which something hangs, computes in its block as without a table. Any change of a weight
-    empties it. `share` bounds its bytes by those of the weights it replaces; what does not fit is computed each time.
+    took the place of, or on which something hangs whose effect may change from call to call (`state_of`), computes in
+    its block as without a table. Any change of a weight, or of what hangs on a layer, empties it. `share` bounds its
+    bytes by those of the weights it replaces; what does not fit is computed each time.
 
     A layer whose weights are not on the device of the inputs is `lent` to it for the time of its work. `computed` and
     `found` count entries.
@@ -205,6 +229,7 @@ class ModulationTable:
         self._own = {id(layer): weakref.ref(layer) for _, layer in modulation_modules(flux)}
         self._entries: dict[Key, Entry] = {}
         self._seen: list[tuple[weakref.ref[nn.Module], list[_Seen]]] = []
+        self._states: list[State | None] = []
         self._owner: object = None
         self.computed = self.found = 0
         flux.modulations = self
@@ -228,7 +253,7 @@ class ModulationTable:
 
     def clear(self) -> None:
         """Forgets every entry."""
-        self._entries, self._seen = {}, []
+        self._entries, self._seen, self._states = {}, [], []
 
     @torch.no_grad()
     def prepare(self, inputs: Iterable[Inputs], dtype: torch.dtype) -> None:
@@ -266,9 +291,9 @@ class ModulationTable:
                 todo.setdefault(other, each)
         return self._fill(flux, layers, todo, dtype)[key].handed_out()
 
-    def untouched(self, layer: nn.Module) -> bool:
-        """For a host: whether what it hangs on layers leaves this one as its weights say."""
-        return True
+    def state(self, layer: nn.Module) -> State | None:
+        """`state_of`; for a host: with what it hangs on layers in other ways."""
+        return state_of(layer)
 
     def owner(self) -> object:
         """For a host: anything that changes when it may have changed weights; None if the table is not to answer."""
@@ -300,15 +325,15 @@ class ModulationTable:
 
     def _refresh(self, layers: Sequence[nn.Module]) -> None:
         """Empties the table if these layers or their weights are not those that it was filled from."""
-        owner = self.owner()
-        if owner != self._owner or not self._still(layers):
+        owner, states = self.owner(), [self.state(layer) for layer in layers]
+        if owner != self._owner or states != self._states or not self._still(layers):
             self.clear()
-            self._owner = owner
+            self._owner, self._states = owner, states
             self._seen = [(weakref.ref(layer), [_Seen(tensor) for tensor in _tensors(layer)]) for layer in layers]
 
     def _ready(self, layer: nn.Module) -> bool:
         own = self._own.get(id(layer))
-        return own is not None and own() is layer and _is_plain(layer) and self.untouched(layer)
+        return own is not None and own() is layer and self.state(layer) is not None
 
     def _still(self, layers: Sequence[nn.Module]) -> bool:
         if len(layers) != len(self._seen):

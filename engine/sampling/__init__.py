@@ -11,13 +11,15 @@ from .latents import (
     process_in,
     process_out,
 )
-from .sample import cfg_window_in_sigmas, cut_sigmas, ksampler_sigmas, sample
+from .sample import cfg_window_in_sigmas, cut_sigmas, differential, ksampler_sigmas, sample
 from .sigmas import DEV_TABLE, SCHEDULES, SCHNELL_TABLE, FlowTable, make_sigmas, mu_for_seq_len, table_for
+from .slots import reference_tokens
 from .solvers import SOLVERS
 
 __all__ = [
     "DEV_TABLE", "SCHEDULES", "SCHNELL_TABLE", "SOLVERS", "Conditioning", "Denoiser", "FlowTable",
-    "cfg_window_in_sigmas", "cut_sigmas",
+    "cfg_window_in_sigmas", "cut_sigmas", "differential",
     "empty_latent", "fit_channels", "fit_preview_factors", "image_seq_len", "ksampler_sigmas", "latent_preview",
-    "make_noise", "make_sigmas", "mu_for_seq_len", "process_in", "process_out", "sample", "table_for",
+    "make_noise", "make_sigmas", "mu_for_seq_len", "process_in", "process_out", "reference_tokens",
+    "sample", "table_for",
 ]

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..conditioning.attention import Grid, grid_of
 from ..errors import BadInput, NotFinite
 from ..models.modulation import Inputs as Modulating
 from ..models.modulation import ModulationTable, note
@@ -22,22 +23,33 @@ from ..specs import DEFAULT_GUIDANCE, FluxSpec
 from .latents import image_ids, patchify, text_ids, unpatchify
 from .masks import AttentionMask, read_mask
 from .sigmas import FlowTable, table_for
+from .slots import CHANNEL_KEYS, NOTHING, SEQUENCE_KEYS, Slots, read_slots, reference_tokens
 
 log = logging.getLogger(__name__)
 
 Conditioning = Sequence[Sequence[Any]]
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
-"""img_ids, txt, txt_ids, y, guidance, attn_mask: the transformer's inputs that do not change from step to step."""
+
+
+class Inputs(NamedTuple):
+    """What does not change from step to step: the transformer's inputs, and what stands beside the latents in img."""
+
+    img_ids: Tensor
+    txt: Tensor
+    txt_ids: Tensor
+    y: Tensor
+    guidance: Tensor | None
+    attn_mask: Tensor | None
+    channels: Tensor | None     # (B, L, C), behind the channels of the latents' tokens
+    sequence: Tensor | None     # (B, L_ref, 64), behind the latents' tokens
+
 
 UNDERSTOOD = {"pooled_output", "guidance", "strength", "start_percent", "end_percent", "attention_mask",
-              "attention_mask_img_shape"}
+              "attention_mask_img_shape"} | CHANNEL_KEYS | SEQUENCE_KEYS
 HARMLESS = {  # what text encoders and core nodes leave behind and no FLUX.1 model reads
     "width", "height", "crop_w", "crop_h", "target_width", "target_height", "aesthetic_score", "prompt_type", "uuid",
     "cross_attn", "model_conds", "clip_start_percent", "clip_end_percent", "add_dict", "unpooled_output",
 }
-OTHER_MODELS = {  # read by models with wider inputs only; ComfyUI drops them too, and the mask acts on the latent
-    "concat_latent_image", "concat_mask", "concat_image",
-}
+OTHER_MODELS = {"concat_image"}  # read by models of other families only; ComfyUI drops it too
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,7 @@ class Prompt:
     sigma_start: float = 1.0
     sigma_end: float = 0.0
     mask: AttentionMask | None = None
+    slots: Slots = NOTHING
 
     @property
     def always(self) -> bool:
@@ -94,7 +107,8 @@ def _read_entry(cond: Tensor, options: Mapping[str, Any], spec: FluxSpec, table:
     return Prompt(txt=cond, y=pooled, guidance=_guidance(options, spec, role), strength=_strength(options, role),
                   sigma_start=_as_fp32(table.percent_to_sigma(options.get("start_percent", 0.0))),
                   sigma_end=_as_fp32(table.percent_to_sigma(options.get("end_percent", 1.0))),
-                  mask=read_mask(options, cond.shape[1], role))
+                  mask=read_mask(options, cond.shape[1], role, reference_tokens(options)),
+                  slots=read_slots(options, spec, role))
 
 
 def _as_fp32(value: float) -> float:
@@ -134,16 +148,14 @@ class Denoiser:
     runs too, on its own with its own token count, and denoised = u + (c - u) * cfg wherever `cfg_window[0]` <= sigma
     <= `cfg_window[1]` (sigmas, 0..1); outside the window the positive alone counts. Several entries of one
     conditioning are averaged by their strengths. `dtype` is the compute dtype, by default that of the model's
-    weights; sigma reaches the model in fp32, guidance as the model rounds it.
+    weights; sigma reaches the model in fp32, guidance as the model rounds it. Pictures that a conditioning carries
+    (`slots`) stand beside x for the model; what it says of them is left out.
     """
 
     def __init__(self, flux: nn.Module, positive: Conditioning, negative: Conditioning | None = None, cfg: float = 1.0,
                  cfg_window: tuple[float, float] = (0.0, 1.0), *, dtype: torch.dtype | None = None,
                  table: FlowTable | None = None) -> None:
         spec: FluxSpec = flux.spec  # type: ignore[assignment]
-        if spec.in_channels != spec.out_channels:
-            raise BadInput(f"this is a '{spec.variant}' model, which needs a picture beside the latent; use the nodes "
-                           "for it, or load FLUX.1 dev or schnell")
         if not math.isfinite(cfg):
             raise BadInput(f"cfg {cfg} is not a finite number; 1 switches the negative prompt off")
         if not 0 <= cfg_window[0] <= cfg_window[1]:
@@ -163,6 +175,8 @@ class Denoiser:
         self.dtype = dtype or weights.dtype
         if not self.dtype.is_floating_point:
             raise BadInput(f"a model with packed weights ({self.dtype}) does not tell its compute dtype; name one")
+        self.on_pass: Callable[[int], None] | None = None
+        """Called before each pass through the transformer with its number of text tokens."""
         self._kept: dict[tuple[object, ...], Inputs] = {}
         self._timed = self.cfg_window[0] > 0 or self.cfg_window[1] < 1 or not all(
             prompt.always for prompt in (*self.positive, *self.negative))
@@ -190,8 +204,8 @@ class Denoiser:
             guided = bool(self.negative) and self.cfg_window[0] <= level <= self.cfg_window[1]
             for prompt in (*self.positive, *(self.negative if guided else ())):
                 if prompt.sigma_end <= level <= prompt.sigma_start:
-                    _, _, _, y, guidance, _ = self._inputs(prompt, x)
-                    found.append((note(sigma.to(x.device), sigma), y, guidance))
+                    given = self._inputs(prompt, x)
+                    found.append((note(sigma.to(x.device), sigma), given.y, given.guidance))
         table.prepare(found, self.dtype)
 
     def _mean(self, prompts: list[Prompt], x: Tensor, sigma: Tensor, level: float, role: str) -> Tensor:
@@ -207,9 +221,17 @@ class Denoiser:
 
     def _denoise(self, prompt: Prompt, x: Tensor, sigma: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        img_ids, txt, txt_ids, y, guidance, mask = self._inputs(prompt, x)
-        velocity: Tensor = self.flux(patchify(x).to(self.dtype), img_ids, txt, txt_ids, sigma.float(), y, guidance,
-                                     attn_mask=mask)
+        given = self._inputs(prompt, x)
+        img = patchify(x).to(self.dtype)
+        tokens = img.shape[1]
+        if given.channels is not None:
+            img = torch.cat((img, given.channels), dim=2)
+        if given.sequence is not None:
+            img = torch.cat((img, given.sequence), dim=1)
+        if self.on_pass is not None:
+            self.on_pass(given.txt.shape[1])
+        velocity: Tensor = self.flux(img, given.img_ids, given.txt, given.txt_ids, sigma.float(), given.y,
+                                     given.guidance, attn_mask=given.attn_mask)[:, :tokens]
         return x - unpatchify(velocity, height, width).to(x.dtype) * sigma.to(x.dtype).view(-1, 1, 1, 1)
 
     def _inputs(self, prompt: Prompt, x: Tensor) -> Inputs:
@@ -220,16 +242,21 @@ class Denoiser:
             txt = repeat_to_batch(prompt.txt, batch).to(x.device, self.dtype)
             y = repeat_to_batch(prompt.y, batch)
             guidance = None if prompt.guidance is None else torch.full((batch,), prompt.guidance)
-            self._kept[key] = (
-                image_ids(batch, height, width, device=x.device), txt,
-                text_ids(batch, txt.shape[1], device=x.device),
+            img_ids = image_ids(batch, height, width)
+            channels, sequence = prompt.slots.channels(x), None
+            if (references := prompt.slots.sequence(x)) is not None:
+                sequence = references[0].to(x.device, self.dtype)
+                img_ids = torch.cat((img_ids, references[1]), dim=1)
+            self._kept[key] = Inputs(
+                img_ids.to(x.device), txt, text_ids(batch, txt.shape[1], device=x.device),
                 note(y.to(x.device, self.dtype), y),
                 None if guidance is None else note(guidance.to(x.device), guidance),
-                self._mask(prompt, batch, (math.ceil(height / 2), math.ceil(width / 2)), x.device))
+                self._mask(prompt, batch, grid_of(x), x.device),
+                None if channels is None else channels.to(x.device, self.dtype), sequence)
         return self._kept[key]
 
-    def _mask(self, prompt: Prompt, batch: int, grid: tuple[int, int], device: torch.device) -> Tensor | None:
+    def _mask(self, prompt: Prompt, batch: int, grid: Grid, device: torch.device) -> Tensor | None:
         if prompt.mask is None:
             return None
-        bias = prompt.mask.fitted(grid)
+        bias = prompt.mask.fitted(grid, [grid_of(latents) for latents in prompt.slots.references])
         return (bias if len(bias) == 1 else repeat_to_batch(bias, batch)).to(device, self.dtype)

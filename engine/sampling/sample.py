@@ -17,6 +17,8 @@ from .sigmas import DEV_TABLE, FlowTable, make_sigmas
 from .solvers import DISCARD_PENULTIMATE, SOLVERS, seeded_noise
 
 Model = Callable[[Tensor, Tensor], Tensor]
+MaskAt = Callable[[Tensor, Tensor], Tensor]
+"""(sigma `(B,)`, noise mask `(B, C, h, w)`) -> the mask at this step."""
 StepCallback = Callable[[int, int, Tensor, Tensor], None]
 """(step from 0, number of steps, denoised, x), both `(B, 16, h, w)` model latents. Raise Interrupted to stop."""
 
@@ -63,14 +65,14 @@ def cfg_window_in_sigmas(window: tuple[float, float], sigmas: Tensor) -> tuple[f
 
 def sample(denoiser: Model, latents: Tensor, sigmas: Tensor, *, seed: int = 0, noise: Tensor | None = None,
            add_noise: bool = True, batch_index: Sequence[int] | None = None, solver: str = "euler",
-           noise_mask: Tensor | None = None, callback: StepCallback | None = None, spec: AutoencoderSpec = FLUX_AE,
-           device: torch.device | str | None = None) -> Tensor:
+           noise_mask: Tensor | None = None, mask_at: MaskAt | None = None, callback: StepCallback | None = None,
+           spec: AutoencoderSpec = FLUX_AE, device: torch.device | str | None = None) -> Tensor:
     """Run `solver` over `sigmas` from `latents` `(B, 16, h, w)` (raw; all zero = no picture) to raw latents, fp32.
 
     The run starts from sigma * noise + (1 - sigma) * latents; `noise` is `make_noise(shape, seed, batch_index)` unless
     given, and zero without `add_noise` (a latent that still holds its noise). `noise_mask` `(h, w)`, `(B, h, w)` or
-    `(B, 1, h, w)` of any size: 1 = repaint, 0 = keep, between = blend at every step. `device` is where the denoiser
-    runs, by default what it says itself; the result lies where `latents` lay.
+    `(B, 1, h, w)` of any size: 1 = repaint, 0 = keep, between = blend at every step, unless `mask_at` says what it is
+    at a step. `device` is where the denoiser runs, by default what it says itself; the result lies where `latents` lay.
 
     Raises BadInput for latents, masks or sigmas that cannot be; NotFinite, naming step and sigma, as soon as the
     latents are; and whatever `callback` raises.
@@ -91,7 +93,7 @@ def sample(denoiser: Model, latents: Tensor, sigmas: Tensor, *, seed: int = 0, n
     first, last = float(sigmas[0]), float(sigmas[-1])
     model: Callable[..., Tensor] = denoiser
     if noise_mask is not None:
-        model = inpainting(denoiser, fit_mask(noise_mask, source).to(device), source, noise)
+        model = inpainting(denoiser, fit_mask(noise_mask, source).to(device), source, noise, mask_at)
     x = first * noise + (1 - first) * source
     prepare = getattr(denoiser, "prepare", None)
     if prepare is not None:
@@ -138,19 +140,34 @@ def fit_mask(mask: Tensor, latents: Tensor) -> Tensor:
     return repeat_to_batch(mask, latents.shape[0]).expand(latents.shape)
 
 
-def inpainting(model: Model, mask: Tensor, source: Tensor, noise: Tensor) -> Callable[..., Tensor]:
+def inpainting(model: Model, mask: Tensor, source: Tensor, noise: Tensor, mask_at: MaskAt | None = None
+               ) -> Callable[..., Tensor]:
     """`model` that repaints where the mask is 1; elsewhere it sees the source under the same noise and answers it.
 
     mask, source and noise `(B, C, h, w)`. Soft masks blend at every call, so their softness grows with the steps.
     """
-    keep = 1 - mask
-
     def call(x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
         level = sigma.view(-1, 1, 1, 1)
-        x = x * mask + (level * noise + (1 - level) * source) * keep
-        return model(x, sigma, **extra) * mask + source * keep
+        paint = mask if mask_at is None else mask_at(sigma, mask)
+        keep = 1 - paint
+        x = x * paint + (level * noise + (1 - level) * source) * keep
+        return model(x, sigma, **extra) * paint + source * keep
 
     return call
+
+
+def differential(sigmas: Tensor, table: FlowTable, strength: float = 1.0) -> MaskAt:
+    """Differential Diffusion (Levin and Fried 2023), as ComfyUI does it: a place is painted from the step on at which
+    the share of the run that is left falls to its mask. `strength` between 0 and 1 mixes this with the mask as it is;
+    0 means 1, as there."""
+    first, last = sigmas[0], torch.maximum(table.sigmas[0], sigmas[-1].cpu())
+
+    def mask_at(sigma: Tensor, mask: Tensor) -> Tensor:
+        left = (sigma[0] - last.to(sigma)) / (first.to(sigma) - last.to(sigma))
+        hard = (mask >= left).to(mask.dtype)
+        return strength * hard + (1 - strength) * mask if 0 < strength < 1 else hard
+
+    return mask_at
 
 
 def _step(callback: StepCallback | None, sigmas: Tensor) -> Callable[[dict[str, Any]], None]:

@@ -10,7 +10,8 @@ from pathlib import Path
 import folder_paths
 
 from ...engine.errors import BadInput, MissingFile
-from ..names import check_name, choose_name, shown
+from .. import depth
+from ..names import check_name, choose_name, places, shown
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ def register() -> None:
     endings of its own: the host's kinds share one set, and `.gguf` in it would offer core's loaders what they cannot
     read.
     """
+    folder_paths.add_model_folder_path(depth.KIND, os.path.join(folder_paths.models_dir, depth.KIND))
     names = folder_paths.folder_names_and_paths
     for kind in KINDS:
         if kind not in names:
@@ -51,12 +53,23 @@ def list_files(kind: str) -> list[str]:
     if kind == "input":
         found = os.scandir(folder_paths.get_input_directory())
         return sorted(entry.name for entry in found if entry.name.lower().endswith(PICTURES) and entry.is_file())
+    if kind == depth.KIND:
+        return sorted(depth_models())
     return [name for name in all_files(kind) if name.lower().endswith(LISTED)]
 
 
 def all_files(kind: str) -> list[str]:
     """Every name of a kind: files that are not offered too, whose refusal by the loader tells more than "not there"."""
     return sorted(name.replace("\\", "/") for name in folder_paths.get_filename_list(key_of(kind)))
+
+
+def depth_roots() -> list[Path]:
+    return [Path(folder) for folder in folder_paths.get_folder_paths(depth.KIND)]
+
+
+def depth_models() -> dict[str, Path]:
+    """Names of the folders of depth models, and where they are."""
+    return depth.folders(depth_roots())
 
 
 def inversions() -> set[str]:
@@ -69,7 +82,10 @@ def resolve_file(kind: str, name: str) -> Path:
     """The file a workflow means: exact, else the only one of that base name. MissingFile names near matches."""
     if kind == "input" and isinstance(name, str):
         return picture(name)
-    taken = choose_name(kind, name, all_files(kind), " or ".join(map(str, roots(kind)[:2])))
+    if kind == depth.KIND:
+        found = depth_models()
+        return found[choose_name(kind, name, found, places(depth_roots()))]
+    taken = choose_name(kind, name, all_files(kind), places(roots(kind)))
     if taken != name.replace("\\", "/"):
         tell_once(kind, name, taken)
     return path_of(kind, taken)

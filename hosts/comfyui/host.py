@@ -29,7 +29,7 @@ from ...engine.models.flux import Flux
 from ...engine.models.vision import Redux, SiglipVision
 from ...engine.specs import FLUX_AE
 from ...engine.text import TextEncoders
-from .. import Conditioning, Latent, Metadata, Progress
+from .. import Conditioning, Latent, Metadata, Progress, depth
 from ..loras import FILES
 from ..names import check_prefix, place_for
 from . import folders, lora, objects, sampling, text
@@ -113,6 +113,18 @@ class ComfyHost:
     def wrap_style_model(self, redux: Redux, path: str | Path) -> Any:
         return make_style_model(redux, path)
 
+    def img_in_width(self, model: Any) -> int | None:
+        return lora.img_in_width(model)
+
+    def drops_control(self, model: Any) -> bool:
+        return lora.drops_control(model)
+
+    def embeds_guidance(self, model: Any) -> bool | None:
+        return sampling.embeds_guidance(model)
+
+    def with_shift(self, model: Any, mu: float) -> Any:
+        return sampling.with_shift(model, mu)
+
     # -- LoRAs
     def with_loras(self, model: Any, clip: Any | None, rows: Sequence[Row], *, mode: str = "auto", strict: bool = True
                    ) -> tuple[Any, Any | None, str]:
@@ -168,6 +180,9 @@ class ComfyHost:
     def see(self, clip_vision: Any, image: Tensor, *, crop: bool = False) -> Tensor:
         return states_of(clip_vision, image, crop)
 
+    def nearness(self, folder: Path, image: Tensor, resolution: int) -> Tensor:
+        return depth.nearness(folder, image, resolution, self.device, partial(objects.room_for, self.device))
+
     def style_tokens(self, style_model: Any, states: Tensor) -> Tensor:
         return tokens_of(style_model, states)
 
@@ -198,8 +213,8 @@ class ComfyHost:
 
     def show(self, text: str) -> None:
         """Below the widgets of the node; nowhere where no node runs, or no server."""
-        from server import PromptServer  # late: it pulls in all of the host's nodes
-        context, server = get_executing_context(), getattr(PromptServer, "instance", None)
+        module = sys.modules.get("server")  # not imported: it pulls in all of the host's nodes, and runs or does not
+        context, server = get_executing_context(), getattr(getattr(module, "PromptServer", None), "instance", None)
         if context is not None and server is not None:
             server.send_progress_text(text, context.node_id)
 

@@ -2,16 +2,18 @@
 
 What stays the same over a run goes through the host's own `add_patches`: plain pairs as its LoRAAdapter, anything else
 as an adapter of ours, so that its merging, low-VRAM rule, unloading and saving apply, and on packed weights the side
-path of `packed`. What differs between steps or tokens, and all of it where the user asks for the side path, hangs
+path of `hanging`. What differs between steps or tokens, and all of it where the user asks for the side path, hangs
 beside the layers while the host samples, put there and taken off by wrappers that travel with the MODEL.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import comfy.utils
 import comfy.weight_adapter
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -21,9 +23,12 @@ from ...engine.adapters import Adapter, Applied, Attachment, Lora, Row, Share, a
 from ...engine.adapters import layers as layer_facts
 from ...engine.adapters.adapter import swapped
 from ...engine.adapters.attach import SIDE, Job, fitting
+from ...engine.adapters.costs import side_bytes
 from ...engine.errors import BadInput
 from .. import loras
 from ..loras import Chosen
+from .control import WideLoaded
+from .hanging import HostAdapter, sides
 from .packed import packed_layers
 from .sampling import require_flux, table_of
 
@@ -31,23 +36,8 @@ KEY = "flux_kit_loras"
 PREFIX = {"transformer": "diffusion_model.", "clip_l": "clip_l.transformer.", "t5": "t5xxl.transformer."}
 ROUNDED = "merging into 8-bit weights loses a part of it; choose 'side path', which loses nothing"
 MERGES = "by the host (merged where loaded, put on at each use where offloaded)"
+AT_USE = "unpacked and changed at each use"
 PATCH = 2
-
-
-class HostAdapter(comfy.weight_adapter.WeightAdapterBase):  # type: ignore[misc]
-    """An adapter of ours as the host calls one. `weights` holds it, since the host makes copies from these two."""
-
-    name = "flux_kit"
-
-    def __init__(self, loaded_keys: set[str], weights: tuple[Adapter]) -> None:
-        self.loaded_keys, self.weights = loaded_keys, weights
-
-    def calculate_weight(self, weight: Tensor, key: str, strength: float, strength_model: float, offset: Any,
-                         function: Any, intermediate_dtype: torch.dtype = torch.float32,
-                         original_weight: Any = None) -> Tensor:
-        exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        weight += self.weights[0].change(exact, strength).to(weight.dtype)
-        return weight
 
 
 def patch_of(adapter: Adapter, layer: Any) -> Any:
@@ -102,8 +92,8 @@ def ways(module: nn.Module, jobs: Mapping[str, list[Job]], applied: Sequence[App
     packed = packed_layers(module)
     for name, todo in jobs.items():
         layer = layer_facts.layer_of(module, name)
-        plain = all(type(patch_of(adapter, layer)) is comfy.weight_adapter.LoRAAdapter for _, adapter in todo)
-        how = MERGES if name not in packed else SIDE if plain else "unpacked and changed at each use"
+        on_weight = [adapter for _, adapter in todo if not adapter.on_bias]
+        how = MERGES if name not in packed else SIDE if sides(on_weight) else AT_USE
         for number in {number for number, _ in todo}:
             applied[number].layers[how] += 1
             if how == MERGES and is_rounded(layer) and ROUNDED not in applied[number].notes:
@@ -114,6 +104,19 @@ def is_rounded(layer: Any) -> bool:
     """Whether the host stores the weight with fewer than 16 bits."""
     weight = layer_facts.weight_of(layer)
     return weight.dtype not in layer_facts.PLAIN_DTYPES or type(weight).__name__ == "QuantizedTensor"
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the host asks of a control before it loads models. Here there is nothing to load, but the bytes are used."""
+
+    nbytes: int
+
+    def get_models(self) -> list[Any]:
+        return []
+
+    def inference_memory_requirements(self, dtype: torch.dtype) -> int:
+        return self.nbytes
 
 
 class Runs:
@@ -139,6 +142,17 @@ class Runs:
             self.attached.detach()
             self.attached, self._size = None, None
 
+    def prepare(self, executor: Any, patcher: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any) -> Any:
+        """The host makes room for a control by what it says it takes; so do these, until the weights are loaded."""
+        if patcher.additional_models.get("multigpu"):
+            return executor(patcher, noise_shape, conds, *args, **kwargs)
+        dtype = getattr(patcher.model, "manual_cast_dtype", None) or patcher.model.get_dtype()
+        adapters = [adapter for one in self.chosen if one.acts_on("transformer")
+                    for adapter in one.lora.of("transformer")]
+        room = Room(side_bytes(patcher.model.diffusion_model, adapters, dtype.itemsize))
+        loaded, _, models = executor(patcher, noise_shape, {**conds, KEY: [{"control": room}]}, *args, **kwargs)
+        return loaded, conds, models
+
     def step(self, executor: Any, x: Tensor, timestep: Tensor, context: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.attached is not None:
             acting = [one for one in self.chosen if one.acts_on("transformer")]
@@ -152,16 +166,29 @@ class Runs:
 
 
 class ControlCheck:
-    """A wrapper of the whole run: control LoRAs want a control picture, which the host replaces by zeros in silence."""
+    """A wrapper of the whole run. Control LoRAs want a map, which the host replaces by zeros in silence; and it gives a
+    map only to an `img_in` that is wide already, which one that is not loaded, or has its LoRA beside it, is not. Here
+    every prompt gets its map as channels by the key that the host asks nothing for."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        conditionings = executor.class_obj.conds.values()
-        if not all("concat_latent_image" in entry for conditioning in conditionings for entry in conditioning):
-            raise loras.needs_picture(self.names)
+        guider, noise = executor.class_obj, args[0] if args else kwargs["noise"]
+        for name, conditioning in guider.conds.items():
+            if not all("concat_latent_image" in entry for entry in conditioning):
+                raise loras.needs_picture(self.names)
+            guider.conds[name] = [{**entry, "noise_concat": channels_of(entry["concat_latent_image"], noise,
+                                                                        guider.model_patcher)}
+                                  for entry in conditioning]
         return executor(*args, **kwargs)
+
+
+def channels_of(latents: Tensor, noise: Tensor, patcher: Any) -> Tensor:
+    """An encoded map as the host makes channels of it for a model that is wide."""
+    fitted = comfy.utils.common_upscale(latents, noise.shape[-1], noise.shape[-2], "bilinear", "center")
+    channels: Tensor = patcher.model.process_latent_in(comfy.utils.resize_to_batch_size(fitted, noise.shape[0]))
+    return channels
 
 
 def wrapped(patcher: Any, kind: str) -> Any:
@@ -173,6 +200,46 @@ def wrapped(patcher: Any, kind: str) -> Any:
 def set_wrapper(patcher: Any, kind: str, wrapper: Callable[..., Any]) -> None:
     patcher.remove_wrappers_with_key(kind, KEY)
     patcher.add_wrapper_with_key(kind, KEY, wrapper)
+
+
+IMG_IN = ("img_in", "model.x_embedder")
+"""Where transformers have the layer that takes the image tokens: the host's and ours, diffusers' inside a wrapper."""
+
+
+def img_in_width(model: Any) -> int | None:
+    """`hosts.Host.img_in_width`. By the patches that wait on the layer, not by its weight: that may carry those of
+    another clone just now."""
+    require_flux(model)
+    layers = (layer_facts.layer_of(model.model.diffusion_model, name) for name in IMG_IN)
+    layer = next((layer for layer in layers if layer is not None), None)
+    if layer is None:
+        return None
+    runs = wrapped(model, WrappersMP.SAMPLER_SAMPLE)
+    pending = [width_after(entry[1]) for entry in model.patches.get(f"{PREFIX['transformer']}img_in.weight", ())]
+    return max([loras.input_width(runs.__self__.chosen if runs else (), layer_facts.size_of(layer)[1]), *pending])
+
+
+def drops_control(model: Any) -> bool:
+    """`hosts.Host.drops_control`. Our patchers keep a widened `img_in` loaded, and our own loader of LoRAs hands maps
+    over by itself (`ControlCheck`)."""
+    require_flux(model)
+    if isinstance(model, WideLoaded) or wrapped(model, WrappersMP.OUTER_SAMPLE) is not None:
+        return False
+    layer = layer_facts.layer_of(model.model.diffusion_model, IMG_IN[0])
+    return layer is not None and (img_in_width(model) or 0) > layer_facts.size_of(layer)[1]
+
+
+def width_after(patch: Any) -> int:
+    """Columns that a weight has with one of the host's patches on it, 0 if the patch leaves them as they are."""
+    if isinstance(patch, HostAdapter):
+        return patch.weights[0].size[1] or 0
+    if isinstance(patch, comfy.weight_adapter.LoRAAdapter):
+        shape = patch.weights[5]
+        return 0 if shape is None else int(shape[1])
+    if isinstance(patch, tuple) and len(patch) == 2 and patch[0] == "diff" and len(patch[1]) == 2:
+        values, settings = patch[1]
+        return int(values.shape[1]) if settings["pad_weight"] else 0
+    return 0
 
 
 def with_loras(model: Any, clip: Any, rows: Sequence[Row], *, mode: str, strict: bool, resolve: Callable[[str], Path]
@@ -216,6 +283,7 @@ def _with_model(model: Any, acting: list[Chosen], mode: str, skip_broken: bool) 
         runs = Runs((*(before.__self__.chosen if before else ()), *beside), table_of(model).mu)
         set_wrapper(made, WrappersMP.SAMPLER_SAMPLE, runs.sample)
         set_wrapper(made, WrappersMP.DIFFUSION_MODEL, runs.step)
+        set_wrapper(made, WrappersMP.PREPARE_SAMPLING, runs.prepare)
     names = loras.control_loras(acting, flux.img_in.in_features)
     if names:
         earlier = wrapped(made, WrappersMP.OUTER_SAMPLE)

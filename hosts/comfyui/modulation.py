@@ -17,14 +17,13 @@ import comfy.model_patcher
 import comfy.ops
 import torch
 import torch.nn.functional as F
+from comfy.model_patcher import LowVramPatch
 from torch import Tensor, nn
 
 from ...engine.models.flux import Flux
-from ...engine.models.modulation import ModulationTable, modulation_modules
+from ...engine.models.modulation import ModulationTable, State, modulation_modules
+from .control import WideLoaded
 from .packed import OFFLOADABLE, HostPacked, PackedPatcher, fetched
-
-HANGS = ("weight_function", "bias_function", "entries", "low_rank", "whole", "hooked")
-"""Attributes of the host's layers and of packed ones that are empty or false while nothing hangs on them."""
 
 
 class HostTable(ModulationTable):
@@ -45,8 +44,13 @@ class HostTable(ModulationTable):
         hooks = getattr(patcher, "current_hooks", None)
         return None if hooks is not None else (getattr(model, "current_weight_patches_uuid", None),)
 
-    def untouched(self, layer: nn.Module) -> bool:
-        return not any(getattr(layer, name, None) for name in HANGS)
+    def state(self, layer: nn.Module) -> State | None:
+        """What the host itself hangs on a layer stays the same as long as its `owner` does."""
+        functions = [*getattr(layer, "weight_function", ()), *getattr(layer, "bias_function", ())]
+        if getattr(layer, "hooked", False) or not all(type(each) is LowVramPatch for each in functions):
+            return None
+        own = super().state(layer)
+        return None if own is None else (*own, len(functions), getattr(layer, "token", None))
 
     def ahead(self) -> Sequence[float]:
         return () if self.sigmas is None else self.sigmas.tolist()
@@ -68,14 +72,21 @@ def carried(layer: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
     if isinstance(layer, HostPacked.Linear):
         with fetched(layer, device, dtype) as (packed, bias):
             numbers = layer.used(packed, dtype)
-            return [F.linear(x, numbers, bias) for x in inputs]
+            return [_hooked(layer, x, layer.with_side(x, F.linear(x, numbers, bias))) for x in inputs]
     more = {"offloadable": True} if OFFLOADABLE else {}
     weight, bias, *stream = comfy.ops.cast_bias_weight(layer, inputs[0], **more)
     try:
-        return [F.linear(x, weight, bias) for x in inputs]
+        return [_hooked(layer, x, F.linear(x, weight, bias)) for x in inputs]
     finally:
         if stream:
             comfy.ops.uncast_bias_weight(layer, weight, bias, *stream)
+
+
+def _hooked(layer: Any, x: Tensor, out: Tensor) -> Tensor:
+    """The output as the hooks of the layer leave it, which are side paths (`state_of`)."""
+    for hook in layer._forward_hooks.values():
+        out = hook(layer, (x,), out)
+    return out
 
 
 class Last(int):
@@ -108,9 +119,9 @@ class ModulationsLast:
         return [(Last(row[0]), *row[1:]) if any(id(field) in replaced for field in row) else row for row in rows]
 
 
-class Patcher(ModulationsLast, comfy.model_patcher.ModelPatcher):  # type: ignore[misc]
+class Patcher(WideLoaded, ModulationsLast, comfy.model_patcher.ModelPatcher):  # type: ignore[misc]
     """The host's static patcher, for a transformer with a table."""
 
 
-class TablePackedPatcher(ModulationsLast, PackedPatcher):
+class TablePackedPatcher(WideLoaded, ModulationsLast, PackedPatcher):
     """`PackedPatcher`, for a transformer with a table."""

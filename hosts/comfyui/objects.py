@@ -154,6 +154,14 @@ def archive_dtypes(module: nn.Module) -> None:
 
 
 @contextlib.contextmanager
+def room_for(device: torch.device, count: int) -> Iterator[None]:
+    """So many bytes of the device are free inside, for what is not the host's."""
+    comfy.model_management.free_memory(count, device)
+    yield
+    comfy.model_management.soft_empty_cache()
+
+
+@contextlib.contextmanager
 def without_warning(text: str) -> Iterator[None]:
     """Keeps one of the host's warnings, true of what it was given and none of the user's business, out of its log."""
     def other(record: logging.LogRecord) -> bool:

@@ -1,8 +1,8 @@
 """Layers of packed weights inside ComfyUI, and what a patcher has to do differently with them.
 
 The bytes are the parameter `weight`, so the host counts, moves and pins what is really there. Nothing is ever written
-into them: what LoRA loaders and hooks hang on a weight stays beside it. Plain pairs of up and down are a side path of
-two thin products; anything else is put on the unpacked weight each time it is used, by the host's own function.
+into them: what LoRA loaders and hooks hang on a weight stays beside it (`hanging`). What cannot be a side path is put
+on the unpacked weight each time it is used, by the host's own function, a tile of rows at a time where it can be.
 
 The state of what hangs where belongs to the layers, because clones of a patcher share them.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import comfy.lora
@@ -21,66 +20,24 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import comfy.sd
-import comfy.weight_adapter
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...engine.adapters.sidepath import SidePath
 from ...engine.errors import BadInput
 from ...engine.quant import Embedding as EngineEmbedding
 from ...engine.quant import Linear as EngineLinear
-from ...engine.quant.formats import WIDE_TILE
+from ...engine.quant.formats import WIDE_TILE, rows_of
 from ...engine.quant.ops import SCALE
+from .hanging import Entry, beside, cost, tiled
 
-Entry = tuple[Any, ...]
-"""A patch as the host keeps it: strength, adapter or values, strength of the weight itself, rows, function."""
 EMBEDDINGS_IN = torch.float32  # what text encoders compute in
 SAVED_TEXT = torch.bfloat16
 UNPACK_BYTES = 12
 """Bytes that a weight takes while it is unpacked, beside the result."""
 OFFLOADABLE = "offloadable" in inspect.signature(comfy.ops.cast_bias_weight).parameters
 every_op = getattr(comfy.ops, "run_every_op", None) or (lambda: None)
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """`out[..., rows] += x @ down.T @ up.T`; strength and alpha are in `up`. down `(rank, in)`, up `(rows, rank)`."""
-
-    rows: slice
-    down: Tensor
-    up: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        return self.down.nbytes + self.up.nbytes
-
-    def to(self, device: torch.device | None, dtype: torch.dtype) -> LowRank:
-        return LowRank(self.rows, self.down.to(device, dtype), self.up.to(device, dtype))
-
-
-def low_rank(entry: Entry, rows: int, width: int) -> LowRank | None:
-    """The side path of one entry on a weight `(rows, width)`; None if it is not a plain pair that fits."""
-    strength, adapter, of_weight, offset, function = entry
-    if type(adapter) is not comfy.weight_adapter.LoRAAdapter or of_weight != 1.0 or function is not None:
-        return None
-    up, down, alpha, *special = adapter.weights
-    if any(value is not None for value in special) or (offset is not None and offset[0] != 0):
-        return None
-    first, count = (0, rows) if offset is None else (offset[1], offset[2])
-    up, down = up.flatten(1).float(), down.flatten(1).float()
-    if up.shape[0] != count or down.shape[1] != width or up.shape[1] != down.shape[0] or first + count > rows:
-        return None
-    return LowRank(slice(first, first + count), down,
-                   up * (strength * (1.0 if alpha is None else float(alpha) / down.shape[0])))
-
-
-def together(parts: list[LowRank]) -> list[LowRank]:
-    """Parts of the same rows as one, so that any number of LoRAs costs one pass each."""
-    by_rows: dict[tuple[int, int], list[LowRank]] = {}
-    for part in parts:
-        by_rows.setdefault((part.rows.start, part.rows.stop), []).append(part)
-    return [LowRank(group[0].rows, torch.cat([part.down for part in group]),
-                    torch.cat([part.up for part in group], 1)) for group in by_rows.values()]
 
 
 class _Hung:
@@ -104,15 +61,14 @@ class _Hung:
         self.key, self.token, self.hooked = "", None, False
         self.entries: list[Entry] = []
         self.whole = False
-        self.low_rank: list[LowRank] = []
+        self.beside: tuple[SidePath, ...] = ()
 
     def hang(self, key: str, entries: list[Entry], device: torch.device | None, dtype: torch.dtype) -> None:
         """Hangs these entries on the weight, in place of those before; `dtype`: that of the products."""
-        parts = [low_rank(entry, *self.shape) for entry in entries] if isinstance(self, EngineLinear) else [None]
+        made = beside(self, entries, device, dtype) if entries and isinstance(self, EngineLinear) else None
         self.key, self.entries = key, entries
-        plain = [part for part in parts if part is not None]
-        self.whole = bool(entries) and len(plain) < len(parts)
-        self.low_rank = [] if self.whole else [part.to(device, dtype) for part in together(plain)]
+        self.beside = () if made is None else (made,)
+        self.whole = bool(entries) and made is None
 
     def dense(self, dtype: torch.dtype, weight: Tensor | None = None, entries: list[Entry] | None = None) -> Tensor:
         """The weight unpacked, `(rows, width)` in `dtype`, with `entries` put on it in fp32. `weight`: the bytes."""
@@ -122,6 +78,14 @@ class _Hung:
         if not entries:
             unpacked: Tensor = self.format.dequantize(weight, dtype, scale=scale)
             return unpacked
+        cuts = tiled(entries, *self.shape)
+        if cuts is not None:
+            made = torch.empty(self.shape, dtype=dtype, device=weight.device)
+            for tile, own in cuts:
+                some = None if scale is None else rows_of(scale, tile)
+                made[tile] = comfy.lora.calculate_weight(
+                    own, self.format.dequantize(weight[tile], torch.float32, scale=some), self.key)
+            return made
         numbers = self.format.dequantize(weight, torch.float32, scale=scale)
         compared = [entry[1][1][0] for entry in entries if _compares(entry)]
         if any(other.shape != numbers.shape or not other.is_floating_point() for other in compared):
@@ -195,9 +159,14 @@ class Linear(_Hung, EngineLinear):
         else:
             with fetched(self, x.device, x.dtype) as (weight, bias):
                 out = F.linear(x, self.used(weight, x.dtype), bias)
-        for part in self.low_rank:
-            part = part.to(x.device, x.dtype)
-            out[..., part.rows] += F.linear(F.linear(x, part.down), part.up)
+        return self.with_side(x, out)
+
+    def with_side(self, x: Tensor, out: Tensor) -> Tensor:
+        """The layer's output with what hangs beside it."""
+        for side in self.beside:
+            if side.strength.device != x.device:
+                side.to(x.device)
+            out = side(self, (x,), out)
         return out
 
 
@@ -240,14 +209,9 @@ def weight_count(model: nn.Module) -> int:
 
 
 def scratch(model: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes to use the largest packed layer: its weights in `dtype`, and what it takes to unpack a tile of them. All of
-    them in fp32 where something hangs on a weight that cannot be a side path."""
-    need = 0
-    for layer in packed_layers(model).values():
-        count = layer.shape[0] * layer.shape[1]
-        whole = 8 * count if layer.whole else 0  # fp32, and a copy that the host's function makes
-        need = max(need, count * dtype.itemsize + min(count, WIDE_TILE) * UNPACK_BYTES + whole)
-    return need
+    """Bytes to use the largest packed layer: its weights in `dtype`, and what it takes to unpack a tile of them."""
+    counts = [layer.shape[0] * layer.shape[1] for layer in packed_layers(model).values()]
+    return max((count * dtype.itemsize + min(count, WIDE_TILE) * UNPACK_BYTES for count in counts), default=0)
 
 
 class Flux(comfy.model_base.Flux):  # type: ignore[misc]
@@ -334,14 +298,39 @@ class PackedPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc]
             layer.hang(key, [*self.patches.get(key, []), *extra], device, dtype)
             layer.token, layer.hooked = token, bool(extra)
 
-    def load(self, *args: Any, **kwargs: Any) -> Any:
+    def reserve(self) -> int:
+        """Bytes for what patches and hooks hang on packed weights: side paths, and the room to put others on."""
+        stands, works = 0, 0
+        places = [self.patches, *getattr(self, "hook_patches", {}).values()]  # asked for while the host still makes it
+        itemsize = self.products_in().itemsize
+        for name, layer in self.layers().items() if any(places) else ():
+            entries = [entry for place in places for entry in place.get(f"{name}.weight", ())]
+            if entries:
+                rows, width = layer.shape
+                more, while_used = cost(entries, rows, width, itemsize)
+                stands, works = stands + more, max(works, while_used)
+        return stands + works
+
+    def model_size(self) -> int:
+        """The weights, and the reserve: so the host frees room for it, and loads fewer weights where there is none."""
+        return int(super().model_size()) + self.reserve()
+
+    def clone(self, *args: Any, **kwargs: Any) -> Any:
+        copy = super().clone(*args, **kwargs)
+        if copy.model is self.model:
+            copy.size = self.size  # newer hosts hand on what `model_size` gives, and the reserve is each patcher's own
+        return copy
+
+    def load(self, device_to: Any = None, lowvram_model_memory: int = 0, force_patch_weights: bool = False,
+             full_load: bool = False, **kwargs: Any) -> Any:
         """Loads as the host does, then hangs patches on; hooks that are always on come with it."""
-        done = super().load(*args, **kwargs)
+        reserve = self.reserve()
+        done = super().load(device_to, max(lowvram_model_memory - reserve, 0), force_patch_weights, full_load, **kwargs)
         self._unstring()
         if not any(layer.hooked for layer in self.layers().values()):
             self._hang()
-        self.model.model_loaded_weight_memory += sum(
-            part.nbytes for layer in self.layers().values() for part in layer.low_rank)
+        told = self.model.model_loaded_weight_memory
+        self.model.model_loaded_weight_memory = min(told + reserve, self.model_size())
         return done
 
     def _unstring(self) -> None:

@@ -32,13 +32,26 @@ from .. import Conditioning, Latent
 SIZE_KEYS = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # of empty latents in newer hosts
 
 
+def config_of(model: Any) -> tuple[bool, dict[str, Any]]:
+    """Whether MODEL is a FLUX.1 transformer, whoever loaded it, and the host's description of it."""
+    inner = getattr(model, "model", None)
+    config: dict[str, Any] = getattr(getattr(inner, "model_config", None), "unet_config", {})
+    return isinstance(inner, comfy.model_base.Flux) and config.get("image_model") == "flux", config
+
+
 def require_flux(model: Any) -> None:
     """BadInput unless MODEL is a FLUX.1 transformer, whoever loaded it."""
-    inner = getattr(model, "model", None)
-    config = getattr(getattr(inner, "model_config", None), "unet_config", {})
-    if not isinstance(inner, comfy.model_base.Flux) or config.get("image_model") != "flux":
-        raise BadInput(f"this MODEL is {type(inner).__name__} ({config.get('image_model', 'not a transformer')}), this "
-                       "node needs FLUX.1; load one with Load Flux, or use a sampler node of that model")
+    is_flux, config = config_of(model)
+    if not is_flux:
+        name = type(getattr(model, "model", None)).__name__
+        raise BadInput(f"this MODEL is {name} ({config.get('image_model', 'not a transformer')}), this node needs "
+                       "FLUX.1; load one with Load Flux, or use a sampler node of that model")
+
+
+def embeds_guidance(model: Any) -> bool | None:
+    """`hosts.Host.embeds_guidance`."""
+    is_flux, config = config_of(model)
+    return bool(config.get("guidance_embed")) if is_flux else None
 
 
 def table_of(model: Any) -> FlowTable:

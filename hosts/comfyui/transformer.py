@@ -10,15 +10,15 @@ import comfy.patcher_extension
 import torch
 from torch import Tensor, nn
 
-from ...engine.errors import BadInput
+from ...engine.conditioning.attention import beside_references, grid_of
 from ...engine.models import flux as engine_flux
-from ...engine.sampling.latents import image_ids, patchify, text_ids, unpatchify
+from ...engine.sampling.latents import patchify, text_ids, unpatchify
+from ...engine.sampling.slots import METHODS, check_method, positions, size_of
 from ...engine.specs import FluxSpec
 from .layers import flux_layers
 from .modulation import HostTable
 
 Options = dict[str, Any]
-REFERENCE_METHODS = ("offset", "index", "uxo")
 
 
 def params_of(spec: FluxSpec) -> dict[str, Any]:
@@ -60,15 +60,14 @@ class Flux(engine_flux.Flux):
     def _forward(self, x: Tensor, timestep: Tensor, context: Tensor, y: Tensor | None = None,
                  guidance: Tensor | None = None, ref_latents: list[Tensor] | None = None, control: Any = None,
                  transformer_options: Options | None = None, attention_mask: Tensor | None = None,
-                 ref_latents_method: str = "offset", **kwargs: Any) -> Tensor:
+                 ref_latents_method: str = METHODS[0], **kwargs: Any) -> Tensor:
         options = {} if transformer_options is None else transformer_options
         references = [] if ref_latents is None else list(ref_latents)
-        if references and ref_latents_method not in REFERENCE_METHODS:
-            raise BadInput(f"references by the method '{ref_latents_method}' need a model trained for it, which FLUX.1 "
-                           f"is not; choose {', '.join(REFERENCE_METHODS)}")
         parts = [patchify(x), *(patchify(latents) for latents in references)]
         if references:
+            check_method(ref_latents_method)
             options = {**options, "reference_image_num_tokens": [part.shape[1] for part in parts[1:]]}
+            attention_mask = covering(attention_mask, context.shape[1], x, references)
         img_ids, txt_ids = self._positions(x, references, ref_latents_method, context.shape[1], options)
         out = self.forward_orig(torch.cat(parts, dim=1), img_ids, context, txt_ids, timestep, y, guidance,
                                 control=control, transformer_options=options, attn_mask=attention_mask)
@@ -95,38 +94,22 @@ class Flux(engine_flux.Flux):
         key = (x.shape[0], x.shape[-2:], [latents.shape for latents in references], method, length, x.device,
                dict(scaling), torch.is_inference_mode_enabled())
         if self._ids is None or self._ids[0] != key:
-            img_ids = torch.cat([scaled(ids, scaling) for ids in all_ids(x, references, method)], dim=1)
+            sizes = [size_of(latents) for latents in references]
+            found = positions(x.shape[0], size_of(x), sizes, method, device=x.device)
+            img_ids = torch.cat([scaled(ids, scaling) for ids in found], dim=1)
             self._ids = (key, img_ids, text_ids(x.shape[0], length, device=x.device))
         return self._ids[1], self._ids[2]
 
 
-def all_ids(x: Tensor, references: list[Tensor], method: str) -> list[Tensor]:
-    """Ids `(B, L, 3)` of the picture and of every reference, whose place tells them apart.
+def covering(mask: Tensor | None, text_tokens: int, x: Tensor, references: list[Tensor]) -> Tensor | None:
+    """An attention mask of text and picture, made to cover the references too; one that covers them stays.
 
-    "offset": second plane, right of or below what lies there already, whichever keeps the whole smaller; "index": a
-    plane each; "uxo": the picture's plane, each below and right of the one before.
+    The host brings masks to the picture's size and leaves references out, on which its own network fails.
     """
-    def ids(latents: Tensor, plane: int = 0, top: int = 0, left: int = 0) -> Tensor:
-        offset = torch.tensor([plane, (top + 1) // 2, (left + 1) // 2], dtype=torch.float32, device=x.device)
-        return image_ids(x.shape[0], latents.shape[-2], latents.shape[-1], device=x.device) + offset
-
-    found, height, width = [ids(x)], 0, 0
-    for plane, latents in enumerate(references, start=1):
-        h, w = latents.shape[-2:]
-        if method == "index":
-            found.append(ids(latents, plane))
-        elif method == "uxo":
-            found.append(ids(latents, 0, even(x.shape[-2]) + height, even(x.shape[-1]) + width))
-            height, width = height + h, width + w
-        else:
-            top, left = (0, width) if h + height > w + width else (height, 0)
-            found.append(ids(latents, 1, top, left))
-            height, width = max(height, h + top), max(width, w + left)
-    return found
-
-
-def even(side: int) -> int:
-    return side + side % 2
+    grid = grid_of(x)
+    if mask is None or mask.shape[-1] != text_tokens + grid[0] * grid[1]:
+        return mask
+    return beside_references(mask, grid, [grid_of(latents) for latents in references])
 
 
 def scaled(ids: Tensor, options: Options) -> Tensor:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...engine.errors import BadInput, MissingFile
-from ..names import check_name, choose_name, shown
+from .. import depth
+from ..names import check_name, choose_name, places, shown
 from .extra_paths import read_extra_paths
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ KINDS: dict[str, tuple[str, ...]] = {  # kind -> its folders under a models fold
     "clip_vision": ("clip_vision",),
     "style_models": ("style_models",),
     "checkpoints": ("checkpoints",),
+    depth.KIND: (depth.KIND,),
 }
 OLD_KINDS = {"unet": "diffusion_models", "clip": "text_encoders"}
 LISTED = (".safetensors", ".sft", ".gguf", ".safetensors.index.json")
@@ -78,6 +80,8 @@ class Folders:
         if kind == "input":
             found = (entry for root in self.roots(kind) for entry in os.scandir(root))
             return sorted({entry.name for entry in found if entry.name.lower().endswith(PICTURES) and entry.is_file()})
+        if kind == depth.KIND:
+            return sorted(self._listing(kind))
         return sorted(name for name in self._listing(kind) if name.lower().endswith(LISTED))
 
     def resolve_file(self, kind: str, name: str) -> Path:
@@ -86,8 +90,7 @@ class Folders:
         if kind == "input" and isinstance(name, str):
             return self._picture(name)
         listing = self._listing(kind)
-        places = " or ".join(str(path) for path in self._roots.get(OLD_KINDS.get(kind, kind), [])[:2])
-        taken = choose_name(kind, name, listing, places or "a models folder given by --models")
+        taken = choose_name(kind, name, listing, places(self._roots.get(OLD_KINDS.get(kind, kind), [])))
         if taken not in (name, name.replace("\\", "/")) and (kind, name) not in self._told:
             self._told.add((kind, name))  # names are resolved many times a run
             log.warning("%s: '%s' is not there under that name; took '%s'", kind, shown(name), taken)
@@ -97,6 +100,8 @@ class Folders:
         """Name -> path of all model files of a kind, kept until a folder changes: schemas ask many times a run."""
         kind = OLD_KINDS.get(kind, kind)
         roots = self.roots(kind)
+        if kind == depth.KIND:
+            return depth.folders(roots)
         seen, listing = self._listings.get(kind, ({}, {}))
         if not (set(roots) <= seen.keys()) or any(_stamp(folder) != stamp for folder, stamp in seen.items()):
             seen, listing = {}, {}

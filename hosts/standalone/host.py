@@ -31,9 +31,9 @@ from ...engine.sampling import Denoiser, cfg_window_in_sigmas, process_out, tabl
 from ...engine.specs import FLUX_AE
 from ...engine.text import TextEncoders, encoder_files, find_tokenizer
 from ...engine.weights import load, open_checkpoint
-from .. import Conditioning, Latent, Metadata, Progress, current
+from .. import Conditioning, Latent, Metadata, Progress, current, depth
 from ..fingerprint import Watch, fingerprint
-from ..loras import FILES, TEXT_ROLES
+from ..loras import FILES, TEXT_ROLES, input_width
 from ..names import place_for
 from . import io as _io
 from . import lora
@@ -192,6 +192,18 @@ class StandaloneHost:
     def lora_share(self, model: Model, path: Path) -> Share:
         return norm_share(model.flux, FILES.read(path, Options(skip_broken=True)))
 
+    def img_in_width(self, model: Model) -> int | None:
+        return input_width(model.loras, model.flux.spec.in_channels)
+
+    def drops_control(self, model: Model) -> bool:
+        return False
+
+    def embeds_guidance(self, model: Model) -> bool | None:
+        return model.flux.spec.guidance_embed
+
+    def with_shift(self, model: Model, mu: float) -> Model:
+        return replace(model, table=replace(model.table, mu=mu))
+
     def _resident(self, module: nn.Module, role: str, dtype: torch.dtype) -> Resident:
         return Resident(module, role, dtype, self._watches.get(module, Watch({})))
 
@@ -263,7 +275,8 @@ class StandaloneHost:
         need = max(activations.text_bytes(encoders.t5.spec, tokens, clip.dtype.itemsize),
                    activations.clip_bytes(encoders.clip.spec, clip.dtype.itemsize))
         models = [self._resident(encoders.t5, "t5", clip.dtype), self._resident(encoders.clip, "clip_l", clip.dtype)]
-        need += sum(lora.nbytes(clip.loras, role) for role in TEXT_ROLES)
+        need += sum(lora.nbytes(clip.loras, role, module, clip.dtype)
+                    for role, module in zip(TEXT_ROLES, (encoders.clip, encoders.t5), strict=True))
         place = torch.device("cpu") if clip.on_cpu else self.device
         moves = self.residence.moves and not clip.on_cpu
         with (self.residence.running("encode", models, need, on_cpu=clip.on_cpu),
@@ -309,9 +322,10 @@ class StandaloneHost:
 
         start = checked_samples(latent)
         batch, _, height, width = start.shape
-        text = max((len(entry[0][0]) for entry in (*guider.positive, *(guider.negative or []))), default=0)
+        text = max((len(entry[0][0]) + sampling.reference_tokens(entry[1])
+                    for entry in (*guider.positive, *(guider.negative or []))), default=0)
         need = activations.sample_bytes(model.flux.spec, 8 * width, 8 * height, batch, text, self.dtype.itemsize)
-        need += lora.nbytes(model.loras, "transformer")
+        need += lora.nbytes(model.loras, "transformer", model.flux, self.dtype)
         lora.check_pictures(model, guider.positive, guider.negative)
         resident = self._resident(model.flux, "transformer", self.dtype)
         with (self.residence.running("sample", [resident], need),
@@ -322,7 +336,8 @@ class StandaloneHost:
             samples = sampling.sample(
                 lora.stepped(denoiser, carried, model.loras, start), start, sigmas, seed=noise.seed or 0,
                 noise=noise.draw(latent), add_noise=noise.seed is not None, solver=solver,
-                noise_mask=latent.get("noise_mask"), callback=on_step, device=self.device)
+                noise_mask=latent.get("noise_mask"), mask_at=model.mask_at(sigmas), callback=on_step,
+                device=self.device)
             last = [denoised.cpu() for denoised in last]
         done = {**latent, "samples": samples}
         clean = {**latent, "samples": process_out(last[0].float())} if last else done
@@ -417,6 +432,10 @@ class StandaloneHost:
             raise NotFinite(f"{clip_vision.path.name} gave NaN or infinity for this picture. Check the file, or use "
                             "--dtype fp32")
         return seen
+
+    def nearness(self, folder: Path, image: Tensor, resolution: int) -> Tensor:
+        return depth.nearness(folder, image, resolution, self.device,
+                              lambda count: self.residence.running("depth map", [], count))
 
     @torch.no_grad()
     def style_tokens(self, style_model: StyleModel, states: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ...engine.adapters import Applied, Attachment, Row, attach, planned
+from ...engine.adapters.costs import side_bytes
+from ...engine.sampling import Denoiser
 from .. import loras
 from ..loras import TEXT_ROLES, Chosen
 from .objects import Clip, Model
@@ -56,10 +58,10 @@ def by(mode: str, moves: bool) -> str:
     return "side" if moves else mode
 
 
-def nbytes(chosen: Sequence[Chosen], role: str) -> int:
-    """Bytes that the side paths of a model take at most."""
-    return sum(tensor.nbytes for one in chosen if one.acts_on(role) for adapter in one.lora.of(role)
-               for tensor in adapter.factors.values())
+def nbytes(chosen: Sequence[Chosen], role: str, module: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes that the side paths of a model that computes in `dtype` take."""
+    adapters = [adapter for one in chosen if one.acts_on(role) for adapter in one.lora.of(role)]
+    return side_bytes(module, adapters, dtype.itemsize)
 
 
 @contextmanager
@@ -88,20 +90,28 @@ def carrying_text(clip: Clip, *, moves: bool, device: torch.device) -> Iterator[
         yield
 
 
-def stepped(denoiser: Callable[..., Tensor], made: Attachment | None, chosen: Sequence[Chosen], latent: Tensor
+def stepped(denoiser: Denoiser, made: Attachment | None, chosen: Sequence[Chosen], latent: Tensor
             ) -> Callable[..., Tensor]:
     """The denoiser with every LoRA at its strength for the step and its place in the picture."""
     acting = [one for one in chosen if one.acts_on("transformer")]
     if made is None or not any(one.row.varies for one in acting):
         return denoiser
+    attached, known = made, -1
     height, width = (math.ceil(side / PATCH) for side in latent.shape[-2:])
-    mask = loras.mask_of(acting, height, width, None)
-    made.set_mask(mask)
-    timed = any(one.row.timed for one in acting)
+
+    def place(text_tokens: int) -> None:
+        nonlocal known
+        if text_tokens != known:  # of the prompt before
+            attached.set_mask(loras.mask_of(acting, height, width, text_tokens))
+            known = text_tokens
+
+    if any(one.row.region for one in acting):
+        denoiser.on_pass = place
+    if not any(one.row.timed for one in acting):
+        return denoiser
 
     def call(x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
-        if timed:
-            made.set_sigma(float(sigma[0]))
+        attached.set_sigma(float(sigma[0]))
         return denoiser(x, sigma, **extra)
 
     return call

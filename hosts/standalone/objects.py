@@ -18,7 +18,8 @@ from ...engine.errors import BadInput
 from ...engine.models.autoencoder import Autoencoder
 from ...engine.models.flux import Flux
 from ...engine.models.vision import Redux, SiglipVision
-from ...engine.sampling import FlowTable, image_seq_len, ksampler_sigmas, make_noise
+from ...engine.sampling import FlowTable, differential, image_seq_len, ksampler_sigmas, make_noise
+from ...engine.sampling.sample import MaskAt
 from ...engine.specs import FLUX_AE
 from ...engine.text import TextEncoders
 from ..loras import Chosen
@@ -28,13 +29,19 @@ from .images import MAX_FRAMES, MAX_PIXELS
 @dataclass(frozen=True)
 class Model:
     """MODEL: the transformer with the table of sigmas its schedules read, and LoRAs that are put on while it runs.
-    `path` is for messages; `lora_mode` as in `attach`."""
+    `path` is for messages; `lora_mode` as in `attach`; `differential`: the strength of Differential Diffusion, by which
+    noise masks act, None without it."""
 
     flux: Flux
     table: FlowTable
     path: Path
     loras: tuple[Chosen, ...] = ()
     lora_mode: str = "auto"
+    differential: float | None = None
+
+    def mask_at(self, sigmas: Tensor) -> MaskAt | None:
+        """How a noise mask changes along a run over these sigmas."""
+        return None if self.differential is None else differential(sigmas, self.table, self.differential)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,10 @@ from . import io
 Prompt = dict[str, dict[str, Any]]  # {id: {"class_type", "inputs": {name: value or [id, slot]}, "_meta": {"title"}}}
 Nodes = Mapping[str, type[io.ComfyNode]]
 SHOWN = 5  # problems told in full
+ELSEWHERE: Mapping[str, str] = {  # core nodes of FLUX.1 templates that serve models of other kinds
+    **dict.fromkeys(("LotusConditioning", "SetFirstSigma"), "for Lotus, a depth model of another family: connect a "
+                    "depth map in its place, from a file or Flux Kit's Structure Map"),
+    **dict.fromkeys(("ModelPatchLoader", "USOStyleReference"), "for the projector of USO, which is no FLUX.1 model")}
 COERCIONS: dict[str, Any] = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}
 
 
@@ -85,11 +89,15 @@ def unknown_types(found: Any, nodes: Mapping[str, Any]) -> None:
         if kind not in nodes:
             missing.setdefault(kind, []).append(node_id)
     if missing:
-        listed = [f"{shown(kind, 60)} (node {', '.join(ids[:3])}{', …' if len(ids) > 3 else ''})"
+        listed = [f"{shown(kind, 60)} (node {', '.join(ids[:3])}{', …' if len(ids) > 3 else ''}{_reason(kind)})"
                   for kind, ids in sorted(missing.items())[:50]]
         more = f" and {len(missing) - 50} more" if len(missing) > 50 else ""
         raise BadWorkflow(f"unknown node types: {'; '.join(listed)}{more}. Only Flux Kit's nodes and the core nodes "
                           "of FLUX.1 workflows run here; replace these or run the workflow in ComfyUI")
+
+
+def _reason(kind: str) -> str:
+    return f"; {ELSEWHERE[kind]}" if kind in ELSEWHERE else ""
 
 
 def _ordered(prompt: Prompt, outputs: list[str]) -> list[str]:

@@ -17,6 +17,7 @@ from flux_kit.cli import main
 from flux_kit.hosts.standalone.host import StandaloneHost
 from flux_kit.hosts.standalone.png import read_text
 from PIL import Image
+from safetensors.torch import save_file
 
 FAST = ["--steps", "2", "--width", "32", "--height", "48"]
 
@@ -218,9 +219,19 @@ def test_loras_change_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("lora, code, says", [
     ("bad sdxl.safetensors:1", 1, "SDXL"), ("kohia.safetensors", 1, "near: kohya.safetensors"),
-    ("kohya.safetensors:nan", 2, "finite"), ("bad cut.safetensors", 1, "incomplete")])
+    ("kohya.safetensors:nan", 2, "finite"), ("bad cut.safetensors", 1, "incomplete"),
+    ("kohya.safetensors:abc", 2, "strength 'abc' is no number"), ("kohya.safetensors:0,8", 2, "'0,8' is no number"),
+    ("kohya.safetensors:1e9", 1, "-100 to 100"), ("bad checkpoint.safetensors", 1, "LoRA"),
+    ("bad empty.safetensors:0.5", 1, "no "), ("wide.safetensors", 1, "does not fit"),
+    ("control.safetensors", 1, "flux-kit run")])
 def test_bad_loras(tmp_path: Path, capsys: pytest.CaptureFixture[str], lora: str, code: int, says: str) -> None:
+    """The option and its file are named, and no node of the workflow that `generate` is inside."""
     lora_files.write(tmp_path / "loras")
+    save_file(lora_files.pairs({"lora_unet_double_blocks_0_img_attn_proj": (3072, 3072)}),
+              tmp_path / "loras" / "wide.safetensors")
     answer = generate(capsys, *FAST, "--models", ".", "--lora", lora, "-o", "o.png")
-    assert (answer["code"], answer["ok"]) == (code, False) and says in answer["error"]["message"]
+    message = answer["error"]["message"]
+    assert (answer["code"], answer["ok"]) == (code, False) and says in message
+    assert "--lora" in message and lora.partition(".")[0] in message and "node" not in message
+    assert answer["error"]["node"] is None and "tiny_flux" not in message
     assert not (tmp_path / "o.png").exists()

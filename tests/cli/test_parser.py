@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from flux_kit.cli import main
@@ -44,6 +46,37 @@ def test_seeds_have_64_bits(seed: int) -> None:
 ])
 def test_settings_are_taken_apart(text: str, parts: tuple[str, str, str]) -> None:
     assert parse("run", "w.json", "--set", text).settings == [parts]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("text", "file", "strength"), [
+    ("style.safetensors", "style.safetensors", 1), ("style.safetensors:0.8", "style.safetensors", 0.8),
+    ("style:-1e-1", "style", -0.1), ("a:b.safetensors", "a:b.safetensors", 1),
+    ("a:0.5.safetensors:2", "a:0.5.safetensors", 2), ("C:\\loras\\a.safetensors", "C:\\loras\\a.safetensors", 1),
+    ("C:\\loras\\a.safetensors:.5", "C:\\loras\\a.safetensors", 0.5), ("C:/loras/a", "C:/loras/a", 1),
+    ("C:a.sft:2", "C:a.sft", 2), ("really:here", "really:here", 1), ("here:0.5", "here:0.5", 1),
+    ("here:0.5:0.5", "here:0.5", 0.5),
+])
+def test_a_lora_and_its_strength(text: str, file: str, strength: float, tmp_path: Path,
+                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "here" in text and os.name == "nt":
+        pytest.skip("no file can be called so on this system")
+    for name in ("really:here", "here:0.5") if "here" in text else ():
+        Path(name).touch()
+    found = (Path(file), strength)
+    assert parse("generate", "x", "-o", "o.png", "--lora", text).loras == [found]  # type: ignore[attr-defined]
+    assert parse("quantize", "a", "b", "--type", "F16", "--lora", text).lora == [found]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("text", ["style.safetensors:abc", "style:0,8", "style:", ":0.5", ":", "a:nan", "a:inf",
+                                  "C:\\loras\\a.safetensors:x", "a:0.5x"])
+def test_no_strength(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["generate", "x", "-o", "o.png", "--lora"], ["quantize", "a", "b", "--type", "F16", "--lora"],
+                  ["lora", "merge"]):
+        assert main([*words, text, *(["o.safetensors"] if words[0] == "lora" else [])]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and text in err.replace("\\\\", "\\") and (
+            "is no number" in err or "not a finite number" in err or "FILE:STRENGTH" in err)
 
 
 def test_options_that_may_repeat() -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import lora_files
 import pytest
 import torch
 from family import Family
 from flux_kit.engine.errors import FluxKitError
-from flux_kit.hosts.estimate import CARDS
+from flux_kit.hosts.estimate import CARDS, estimate_files
 from flux_kit.hosts.standalone import host as host_module
 from flux_kit.hosts.standalone.host import StandaloneHost
+from safetensors.torch import load_file
 
 FILES: dict[str, Any] = {"model": "flux1-dev.safetensors", "clip_l": "clip_l.safetensors",
                          "t5": "t5xxl_fp16.safetensors", "vae": "ae.safetensors", "width": 64, "height": 48,
@@ -36,3 +41,24 @@ def test_an_all_in_one_file_and_a_wrong_one(run_prompt: Any) -> None:
     assert report.count(f"({whole})") == 4
     with pytest.raises(FluxKitError, match=r"holds no part of this kind.*T5"):
         run_prompt({"1": ("FluxKitMemoryEstimate", {**FILES, "t5": "clip_l.safetensors"})})
+
+
+def test_loras_are_a_part_of_the_plan(host: StandaloneHost, run_prompt: Any, tmp_path: Path,
+                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    loras = lora_files.write(tmp_path / "loras")
+    monkeypatch.setattr(host, "folders", replace(host.folders, models=[*host.folders.models, tmp_path]))
+    rows = [{"lora": "kohya.safetensors"}, {"lora": "text.safetensors"}, {"lora": "peft.safetensors", "on": False}]
+    result = run_prompt({"1": ("FluxKitMemoryEstimate", {**FILES, "loras": ["2", 1]}),
+                         "2": ("FluxKitLoraStack", {"rows": json.dumps(rows)})})
+    report = result.outputs["1"][0][0]
+    numbers = sum(tensor.numel() for name in ("kohya", "text")
+                  for tensor in load_file(loras / f"{name}.safetensors").values() if tensor.ndim)
+    assert f"{4 * numbers / 2**20:.2f} MiB of these are LoRAs beside the weights (kohya.safetensors, " in report
+    without = estimate_files([("transformer", host.resolve_file("diffusion_models", FILES["model"]))], width=64,
+                             height=48, dtype=torch.float32)
+    found = estimate_files([("transformer", host.resolve_file("diffusion_models", FILES["model"]))], width=64,
+                           height=48, dtype=torch.float32, loras=[loras / "kohya.safetensors"])
+    part, more = without.parts["transformer"], found.loras["kohya.safetensors"]
+    assert found.parts["transformer"].total == part.total + more
+    assert found.plan(None, None).peak == without.plan(None, None).peak + more
+    assert found.plan(1 << 40, None).peak == without.plan(1 << 40, None).peak + more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -9,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import lora_files
 import pytest
 from flux_kit import hosts
-from flux_kit.cli import session
+from flux_kit.cli import main, session
 from flux_kit.engine.convert import RECIPES, quantize
 from flux_kit.engine.errors import BadInput, BadModelFile, Interrupted
 from flux_kit.engine.text import find_tokenizer
@@ -38,6 +40,16 @@ class Bench:
         executor = Executor(session.node_classes(), check_interrupt=self.host.check_interrupt)
         return executor.run({"q": {"class_type": "FluxKitQuantize", "inputs": {**WIDGETS, **widgets},
                                    "_meta": {"title": "q"}}})
+
+    def baked(self, rows: list[dict[str, Any]], **widgets: Any) -> Result:
+        """With a stack of these LoRAs."""
+        lora_files.write(self.models / "loras")
+        graph: dict[str, Any] = {
+            "stack": {"class_type": "FluxKitLoraStack", "inputs": {"rows": json.dumps(rows)},
+                      "_meta": {"title": "stack"}},
+            "q": {"class_type": "FluxKitQuantize", "inputs": {**WIDGETS, **widgets, "loras": ["stack", 1]},
+                  "_meta": {"title": "q"}}}
+        return Executor(session.node_classes(), check_interrupt=self.host.check_interrupt).run(graph)
 
     def files(self) -> set[str]:
         return {path.relative_to(self.models).as_posix() for path in self.models.rglob("*") if path.is_file()}
@@ -156,3 +168,35 @@ def test_the_widget_offers_every_type(bench: Bench) -> None:
     inputs = {spec.id: spec for spec in FluxKitQuantize.GET_SCHEMA().inputs}
     assert list(inputs["type"].options) == list(RECIPES)
     assert "checkpoints/flux1-schnell-fp8.safetensors" in FluxKitQuantize.define_schema().inputs[0].options
+
+
+def test_loras_are_baked_as_on_the_command_line(bench: Bench, tmp_path: Path) -> None:
+    rows = [{"lora": "peft.safetensors", "model": -2, "clip": 1}, {"lora": "kohya.safetensors", "on": False}]
+    source = "diffusion_models/tiny-flux-dev.safetensors"
+    result = bench.baked(rows, source=source, type="Q4_0")
+    made, same = bench.models / "diffusion_models/tiny-flux-dev-Q4_0-lora.gguf", tmp_path / "same.gguf"
+    lora = bench.models / "loras" / "peft.safetensors"
+    assert main(["quantize", str(session.TINY_MODELS / source), str(same), "--type", "Q4_0", "--lora",
+                 f"{lora}:-2"]) == 0
+    assert made.read_bytes() == same.read_bytes() and "peft.safetensors" in result.outputs["q"][0][0]
+    bench.run(source=source, type="Q4_0", name="plain")
+    assert (bench.models / "diffusion_models/plain.gguf").read_bytes() != made.read_bytes()
+
+
+def test_an_empty_stack_bakes_nothing(bench: Bench) -> None:
+    bench.baked([], source="text_encoders/clip_l.safetensors", name="stack")
+    bench.run(source="text_encoders/clip_l.safetensors", name="plain")
+    folder = bench.models / "text_encoders"
+    assert (folder / "stack.gguf").read_bytes() == (folder / "plain.gguf").read_bytes()
+
+
+@pytest.mark.parametrize(("rows", "error", "words"), [
+    ([{"lora": "bad sdxl.safetensors"}], BadModelFile, "SDXL"),
+    ([{"lora": "kohya.safetensors", "end": 0.5}], BadInput, "cannot hold"),
+    ([{"lora": "kohia.safetensors"}], BadInput, "near: kohya")])
+def test_loras_that_cannot_be_baked(bench: Bench, rows: list[dict[str, Any]], error: type[Exception], words: str
+                                    ) -> None:
+    before = sorted((bench.models / "diffusion_models").iterdir())
+    with pytest.raises(error, match=words):
+        bench.baked(rows, source="diffusion_models/tiny-flux-dev.safetensors")
+    assert sorted((bench.models / "diffusion_models").iterdir()) == before

@@ -81,7 +81,9 @@ def bad() -> dict[str, Tensors]:
         "bad sd3": pairs({"joint_blocks_0_x_block_attn_qkv": (4608, 1536)}, prefix="lora_unet_"),
         "bad flux2": pairs({"double_stream_modulation_img.lin": (64, 64), "single_blocks.0.linear1": (64, 64)},
                            "lora_A", "lora_B", "diffusion_model."),
-        "bad halves": halves, "bad ranks": ranks, "bad nan": broken, "bad empty": {}, "bad checkpoint": checkpoint,
+        "bad halves": halves, "bad ranks": ranks, "bad nan": broken, "bad inf": {
+            key: torch.full_like(value, float("inf")) if key.endswith("linear2.lora_down.weight") else value
+            for key, value in kohya.items()}, "bad empty": {}, "bad checkpoint": checkpoint,
         "bad unknown": {**kohya, "lora_unet_double_blocks_0_new_layer.lora_up.weight": random(4, 4)}}
 
 

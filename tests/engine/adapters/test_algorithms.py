@@ -45,7 +45,7 @@ def only(path: Any) -> Adapter:
 
 def by_terms(adapter: Adapter, layer: nn.Linear, x: Tensor, strength: float) -> Tensor | None:
     """The change of the output by the adapter's own side path."""
-    terms = adapter.terms(lambda: layer.weight.clone(), IN, torch.float64, "cpu")
+    terms = adapter.terms(lambda tile: layer.weight[tile].clone(), IN, torch.float64, "cpu")
     if terms is None:
         return None
     out = torch.zeros(len(x), OUT, dtype=torch.float64)
@@ -195,7 +195,9 @@ def test_set_diff_and_bias(save: Any) -> None:
     lora = read_lora(save({f"{STEM}.set_weight": weight * 3, f"{STEM}.diff_b": bias, f"{STEM}.diff": weight}))
     diff, setter, biased = lora.adapters
     assert torch.equal(diff.change(weight), weight)
-    np.testing.assert_allclose(setter.change(weight, 0.5).numpy(), weight.numpy(), rtol=1e-12)
+    for strength in (0.5, 1.0):  # whole at any strength, as BFL and ComfyUI do
+        np.testing.assert_allclose(setter.change(weight, strength).numpy(), 2 * weight.numpy(), rtol=1e-12)
+    assert not setter.change(weight, 0.0).any()
     np.testing.assert_allclose(biased.change(bias, 0.5).numpy(), bias.numpy() / 2, rtol=1e-12)
 
 

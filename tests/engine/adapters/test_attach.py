@@ -468,7 +468,10 @@ def test_control_lora_widens_the_model(flux: Flux, save: Any) -> None:
     expected = x[..., :64] @ flux.img_in.weight.T + flux.img_in.bias + 0.5 * change
     near(flux.img_in(x), expected, 1e-12)
     norm = flux.double_blocks[0].img_attn.norm.query_norm.scale
-    near(norm, torch.lerp(scale, tensors["double_blocks.0.img_attn.norm.query_norm.scale"], 0.5), 1e-12)
+    near(norm, tensors["double_blocks.0.img_attn.norm.query_norm.scale"], 1e-12)  # whole at any strength
+    attachment.set_strengths([0.0])
+    near(flux.double_blocks[0].img_attn.norm.query_norm.scale, scale, 1e-12)
+    attachment.set_strengths([0.5])
     run(flux, channels=128)
     with pytest.raises(BadInput, match="connect its control picture"):
         run(flux)

@@ -322,12 +322,13 @@ def test_biases_norms_and_more_columns_go_along(save: Save, tmp_path: Path, to: 
 
 
 def test_norms_of_several_are_added_to_the_base_s(save: Save, tmp_path: Path, flux: Flux) -> None:
+    """Each counts whole at any strength, as in a stack: what replaces a norm is not taken by halves."""
     norm = "double_blocks.0.img_attn.norm.query_norm"
     lora = read_lora(save({f"{norm}.scale": torch.full((H,), 3.0)}))
     made = written(tmp_path / "o.safetensors", Summand(lora, 0.5), Summand(lora, 0.25), bases={"transformer": flux})
     (adapter,) = read_lora(made.path).adapters
     own = flux.get_submodule(norm).scale.detach().double()
-    assert torch.allclose(adapter.change(own), 0.75 * (3 - own), rtol=0, atol=1e-6)
+    assert torch.allclose(adapter.change(own), 2 * (3 - own), rtol=0, atol=1e-6)
 
 
 def test_names_of_peft_files_are_diffusers_own(save: Save, tmp_path: Path, lists: Any, sparse: Save) -> None:

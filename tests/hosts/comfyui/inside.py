@@ -40,6 +40,7 @@ import comfy.patcher_extension  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import torch  # noqa: E402
+import utils.extra_config  # noqa: E402,F401 - first, as main.py does: core's nodes.py hides the package behind comfy/utils.py
 
 import nodes as core_nodes  # noqa: E402
 

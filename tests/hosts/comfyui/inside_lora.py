@@ -165,6 +165,14 @@ def lora_refused() -> Any:
             warned = HOST.with_loras(model, None, rows(name), strict=False)[2]
             found[name] = {"said": said, "warned": warned, "patches": len(model.patches), "base": len(model.wrappers)}
     if FILES:
+        try:
+            HOST.with_loras(model, None, [*rows("kohya"), *rows("kohia")])
+            found["missing"] = ""
+        except ERRORS.MissingFile as error:
+            found["missing"] = str(error)
+        twice, _, told = HOST.with_loras(model, None, [*rows("kohya", 0.3), *rows("kohya", 0.4)])
+        found["twice"] = {"off": relative(sampled(twice, prompt), sampled(ours(model, "kohya"), prompt)), "told": told,
+                          "patches": len(model.patches)}
         found["reports"] = {kind: HOST.with_loras(model, None, rows("kohya"))[2] for kind, model in models().items()}
         picture = {"concat_latent_image": torch.randn(1, 16, 12, 16, generator=torch.Generator().manual_seed(2))}
         control = ours(model, "control", 1.0)

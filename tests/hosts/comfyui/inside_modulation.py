@@ -92,6 +92,15 @@ def elsewhere() -> dict[str, torch.Tensor]:
     return low_rank({"double_blocks_1_txt_mlp_0": (4 * D, D)}, "lora_down", "lora_up", "lora_unet_", alpha=True)
 
 
+def our_way(model: Any, weights: dict[str, torch.Tensor], **row: Any) -> Any:
+    """A LoRA that hangs beside the layers while the host samples."""
+    path = Path(tempfile.mkdtemp()) / "one.safetensors"
+    sys.modules["safetensors.torch"].save_file(weights, path)
+    lora, stack = sys.modules[NAME + ".hosts.comfyui.lora"], sys.modules[ENGINE + ".adapters.stack"]
+    return lora.with_loras(model, None, [stack.Row(path.name, 0.7, 0.7, **row)], mode="side", strict=True,
+                           resolve=lambda _: path)[0]
+
+
 @contextmanager
 def streamed(patcher: Any) -> Iterator[None]:
     """The host's memory as if a third of the model had room: the rest of the layers get their weights as they run."""
@@ -134,7 +143,9 @@ def modulation_weights() -> Any:
         wrapped = ours.clone()
         wrapped.add_weight_wrapper(f"{DIT}double_blocks.0.img_mod.lin.weight", lambda weight: weight * 1.5)
         cases = {"none": ours, "wrapper": wrapped, **{name: patched(ours, weights) for name, weights in (
-            ("lora", on_modulations()), ("lora on embedder", on_embedder()), ("lora elsewhere", elsewhere()))}}
+            ("lora", on_modulations()), ("lora on embedder", on_embedder()), ("lora elsewhere", elsewhere()))},
+            "side path": our_way(ours, {**on_modulations(), **on_embedder()}),
+            "side path that changes": our_way(ours, on_modulations(), end=0.5)}
         for memory in ("loaded", "streamed"):
             for name, patcher in cases.items():
                 with streamed(patcher) if memory == "streamed" else nullcontext():

@@ -169,7 +169,7 @@ def packed_partial_load() -> Any:
             found[f"{path.name} {name}"] = {
                 "streamed": bool(torch.equal(outs[0], outs[1])), "taken back": bool(torch.equal(outs[2], outs[1])),
                 "share": loaded[0] / loaded[1], "freed": freed / loaded[1], "after": patcher.loaded_size(),
-                "left": sum(len(layer.low_rank) + len(layer.entries) + len(layer.weight_function)
+                "left": sum(len(layer.beside) + len(layer.entries) + len(layer.weight_function)
                             for layer in packed_layers(ours.model).values())}
     return found
 

@@ -15,7 +15,7 @@ import pytest
 from comfy_server import Failed, Host, Server, environment
 from compare import relative
 from flux_kit.cli import session
-from flux_kit.engine.adapters import Row
+from flux_kit.engine.adapters import Row, read_lora
 from flux_kit.engine.quant import FORMATS
 from flux_kit.hosts.standalone.folders import Folders
 from flux_kit.hosts.standalone.host import StandaloneHost
@@ -115,11 +115,19 @@ def test_text_encoders(of: Of) -> None:
 def test_bad_files_leave_the_model_alone(of: Of) -> None:
     found = of("lora_refused")
     bad = {name: case for name, case in found.items() if name.startswith("bad")}
-    assert len(bad) == 10
+    assert set(bad) == {*lora_files.bad(), "bad cut"}
     for name, case in bad.items():
         assert f"{name}.safetensors" in case["said"] and case["patches"] == case["base"] == 0, name
         told = "left out" if name in ("bad halves", "bad ranks") else "unknown" if "unknown" in name else "NOT APPLIED"
         assert told in case["warned"], name
+
+
+def test_a_missing_file_and_the_same_file_twice(of: Of) -> None:
+    found = of("lora_refused")
+    assert "kohia.safetensors" in found["missing"] and "near: kohya.safetensors" in found["missing"]
+    assert "tiny_flux" not in found["missing"]
+    twice = found["twice"]
+    assert twice["off"] <= SAME and "stands more than once: its strengths add" in twice["told"] and not twice["patches"]
 
 
 def test_what_is_told(of: Of) -> None:
@@ -212,6 +220,30 @@ def test_every_node_by_the_server(serving: Server) -> None:
     assert "format kohya" in outputs["info"]["text"][0]
     saved = load_file(serving.path_of(outputs["latent"]["latents"][0]))["latent_tensor"]
     assert relative(saved, serving.latents(with_core(core()))["latent"]) <= SAME
+
+
+def test_a_file_that_save_lora_wrote(serving: Server) -> None:
+    """Two LoRAs written as one, applied by our nodes, by core's loader, and read by the standalone host."""
+    target = serving.base / "models" / "loras" / "both.safetensors"
+    target.unlink(missing_ok=True)
+    save = {"stack": node("FluxKitLoraStack", rows=json.dumps(ROWS)),
+            "save": node("FluxKitLoraSave", loras=["stack", 1], name="both", layout="kohya", rank=0, dtype="fp32",
+                         base="none")}
+    (report,) = serving.run(save)["save"]["text"]
+    assert "0.7 x kohya.safetensors + text.safetensors" in report
+    assert {adapter.destination.role for adapter in read_lora(target).adapters} == {"transformer", "clip_l", "t5"}
+    two, one = with_stack(core()), with_stack(core())
+    one["stack"]["inputs"]["rows"] = json.dumps([{"lora": "both.safetensors"}])
+    loader = {**rewired(core(), "one", "one"), "one": node("LoraLoader", model=["load", 0], clip=["load", 1],
+                                                           lora_name="both.safetensors", strength_model=1.0,
+                                                           strength_clip=1.0)}
+    expected = serving.latents(two)["latent"]
+    assert relative(serving.latents(one)["latent"], expected) <= 1e-4  # text encoders are merged into as fp16
+    assert relative(serving.latents(loader)["latent"], expected) <= 1e-4
+    again = {**save, "save": {**save["save"], "inputs": {**save["save"]["inputs"], "dtype": "fp16"}}}
+    with pytest.raises(Failed, match="already") as caught:
+        serving.run(again)
+    assert caught.value.node == "FluxKitLoraSave"
 
 
 def test_a_bad_file_is_told_by_the_node(serving: Server) -> None:

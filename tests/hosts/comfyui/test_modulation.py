@@ -21,10 +21,23 @@ def of(inside: dict[str, Any], name: str) -> dict[str, Any]:
 def test_patches_on_weights_give_what_they_give_without_it(inside: dict[str, Any], memory: str, case: str) -> None:
     found = of(inside, "modulation_weights")[f"{memory} {case}"]
     assert found["equal"] and (found["changed"] > 1e-3) == (case != "none")
-    if memory.endswith("streamed") and case == "lora on embedder":
-        assert found["first"] == NEVER  # the host applies it anew at each use
-    else:
-        assert (found["first"], found["second"]) == (ONCE, FOUND)
+    # an embedder that 0.33.0 streams gets its side path anew for each run, and the table is filled anew
+    hung_anew = (memory, case) == ("packed streamed", "lora on embedder")
+    assert found["first"] == ONCE and found["second"] in ((FOUND, ONCE) if hung_anew else (FOUND,))
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_side_paths_on_modulations_are_computed_once_a_run(inside: dict[str, Any], memory: str) -> None:
+    found = of(inside, "modulation_weights")[f"{memory} side path"]
+    assert found["equal"] and found["changed"] > 1e-3
+    assert found["first"] == found["second"] == ONCE  # each run puts it on anew
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_one_that_changes_in_a_run_leaves_the_other_layers_in_it(inside: dict[str, Any], memory: str) -> None:
+    found = of(inside, "modulation_weights")[f"{memory} side path that changes"]
+    assert found["equal"] and found["changed"] > 1e-3
+    assert (found["first"], found["second"]) == (ONCE, FOUND)
 
 
 @pytest.mark.parametrize("memory", MEMORIES)

@@ -9,10 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lora_files
 import pytest
 import torch
 from comfy_server import RUN_TIMEOUT, Failed, Server
+from flux_kit.engine.adapters import read_lora
 from flux_kit.engine.convert import quantize
+from flux_kit.engine.convert.lora_files import Summand
 from flux_kit.engine.models.flux import Flux
 from flux_kit.engine.specs import FluxSpec
 from safetensors.torch import save_file
@@ -44,6 +47,22 @@ def test_the_file_lies_in_the_host_s_folder(server: Server, tmp_path: Path, sour
     assert made in str(server.call("/object_info/FluxKitQuantize"))
     with pytest.raises(Failed, match="already"):
         server.run(prompt(source=f"{kind}/{source}.safetensors", type=type, name=made))
+    target.unlink()
+
+
+def test_loras_are_put_into_the_weights(server: Server, tmp_path: Path) -> None:
+    loras = lora_files.write(server.base / "models" / "loras")
+    target = server.base / "models" / "diffusion_models" / "tiny-flux-dev-Q4_0-lora.gguf"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    baked = prompt()
+    baked["q"]["inputs"]["loras"] = ["stack", 1]
+    rows = [{"lora": "peft.safetensors", "model": 2}]
+    baked["stack"] = {"class_type": "FluxKitLoraStack", "inputs": {"rows": json.dumps(rows)}}
+    (report,) = server.run(baked)["q"]["text"]
+    quantize(TINY / "diffusion_models" / "tiny-flux-dev.safetensors", tmp_path / target.name, "Q4_0",
+             loras=[Summand(read_lora(loras / "peft.safetensors"), 2.0)])
+    assert target.read_bytes() == (tmp_path / target.name).read_bytes() and "peft.safetensors" in report
     target.unlink()
 
 

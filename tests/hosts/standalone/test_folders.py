@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 from flux_kit.engine.errors import BadInput, FluxKitError, MissingFile
-from flux_kit.hosts.names import check_name
+from flux_kit.hosts.names import OWN, check_name
 from flux_kit.hosts.standalone.extra_paths import read_extra_paths
-from flux_kit.hosts.standalone.folders import Folders, inside
+from flux_kit.hosts.standalone.folders import KINDS, Folders, inside
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -273,3 +273,14 @@ def test_pictures_are_found_in_their_folders_only(tmp_path):
         folders.resolve_file("input", "o.png [temp]")
     with pytest.raises(MissingFile, match="--input"):
         Folders().resolve_file("input", "a.png")
+
+
+def test_advice_names_no_folder_of_the_pack(tmp_path):
+    (tmp_path / "loras").mkdir()
+    folders = Folders(models=[tmp_path, OWN / "models"])
+    for kind in KINDS:
+        with pytest.raises(MissingFile, match="Put it into") as error:
+            folders.resolve_file(kind, "absent.safetensors")
+        assert str(OWN) not in str(error.value) and str(tmp_path / KINDS[kind][0]) in str(error.value)
+    with pytest.raises(MissingFile, match="given by --models"):
+        Folders(models=[OWN / "models"]).resolve_file("vae", "absent.safetensors")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from budget import Budget
 from family import Family
+from flux_kit.engine.convert import quantize
 from flux_kit.engine.errors import BadInput, NotEnoughMemory
 from flux_kit.engine.memory import Placed, activations, weights_of
+from flux_kit.engine.quant import UnpackedCache
 from flux_kit.hosts.standalone.folders import Folders
 from flux_kit.hosts.standalone.host import StandaloneHost
 from flux_kit.hosts.standalone.memory import Residence, is_out_of_memory
@@ -188,3 +190,49 @@ def test_a_model_that_does_not_leave_is_noticed(files: Path, monkeypatch: pytest
     except (NotEnoughMemory, torch.OutOfMemoryError):
         return
     assert any("stream" in line for line in run.lines), "where too much stays, the next stage must feel it"
+
+
+class Kept(UnpackedCache):
+    """Remembers how much it held when it was let go of."""
+
+    held: ClassVar[list[int]] = []
+
+    def detach(self) -> None:
+        if self.dtype is not None and self.nbytes:
+            self.held.append(self.nbytes)
+        super().detach()
+
+
+def packed_run(files: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Run:
+    monkeypatch.setattr(Kept, "held", [])
+    monkeypatch.setattr("flux_kit.hosts.standalone.memory.UnpackedCache", Kept)
+    kind = files / "diffusion_models"
+    if not (kind / "q.gguf").exists():
+        quantize(kind / NAMES["dev"], kind / "q.gguf", "Q8_0")
+        (kind / NAMES["dev"]).unlink()
+    monkeypatch.setitem(NAMES, "dev", "q.gguf")
+    return Run(files, **options)
+
+
+def test_memory_to_spare_holds_unpacked_weights_and_changes_nothing(files: Path, monkeypatch: pytest.MonkeyPatch
+                                                                    ) -> None:
+    run = packed_run(files, monkeypatch)
+    parts = run.load()
+    wanted = run.picture(parts)
+    assert len(Kept.held) == 1 and Kept.held[0] > 100_000, "the transformer's, and no others"
+    assert all(layer.cache is None for layer in parts[0].flux.modules() if hasattr(layer, "cache")), "given back"
+    monkeypatch.setattr("flux_kit.hosts.standalone.memory.REPEATED", ())
+    again = packed_run(files, monkeypatch)
+    assert torch.equal(again.picture(again.load()), wanted) and not Kept.held
+
+
+@pytest.mark.parametrize("memory", ["auto", "stream"])
+def test_no_weight_is_held_unpacked_where_memory_is_short(files: Path, memory: str, monkeypatch: pytest.MonkeyPatch
+                                                          ) -> None:
+    plain = packed_run(files, monkeypatch)
+    parts = plain.load()
+    wanted = plain.picture(parts)
+    budget = max(needs(parts).values()) if memory == "auto" else 1 << 40
+    run = packed_run(files, monkeypatch, budget=budget, memory=memory)
+    assert torch.equal(run.picture(run.load()), wanted)
+    assert sum(Kept.held) <= budget // 2 if memory == "auto" else not Kept.held
