@@ -119,7 +119,7 @@ STANDS: dict[str, Stand] = {
     "lora_fill": Stand(
         (*loaded(FILL), stack("tiny-lora-cross.safetensors"),
          "Prompt.prompt=a large yellow cross in the center on a blue background"),
-        {"Picture": Input(RED_CIRCLE, hole=True)}),  # made for dev, the LoRA draws crosses that are half squares here
+        {"Picture": Input(RED_CIRCLE, hole=True)}, Scene("large", "yellow", "cross", "center", "blue")),
     "image_to_image": Stand(
         (*loaded(DEV), "Sampler.denoise=0.9", "Prompt.prompt=a large yellow circle in the center on a blue background"),
         {"Picture": Input(RED_CIRCLE)}),

@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "example_workflows"
-LEFT, TOP, ACROSS, DOWN, WIDTH = 60, 120, 60, 70, 360
+LEFT, TOP, ACROSS, DOWN, WIDTH = 60, 120, 60, 70, 420
 TITLE, ROW, LINES, PICTURE = 40, 24, 94, 300    # pixels: a node's title, a socket or widget, a text of lines, a picture
 COLORS = {"color": "#432", "bgcolor": "#653"}
 

@@ -19,7 +19,9 @@ from frontend import Frontend, chromium
 ROOT = Path(__file__).parents[4]
 EXAMPLES = {path.name: path for path in sorted((ROOT / "example_workflows").glob("*.json"))}
 INTERFACES = {"classic": False, "nodes2": True}
-TINY = {"model": "tiny-flux-dev", "clip_l": "tiny-clip_l", "t5": "tiny-t5", "vae": "tiny-ae"}  # by widget
+TINY = {"model": "tiny-flux-dev", "clip_l": "tiny-clip_l", "t5": "tiny-t5", "vae": "tiny-ae",
+        "clip_vision": "tiny-siglip", "style_model": "tiny-redux"}  # by widget
+LORA = "tiny-lora-cross.safetensors"
 Prompts = Callable[[Path], dict[str, Any]]
 
 
@@ -55,9 +57,14 @@ def server(browser: Any, comfy: Host, standalone_prompt: Prompts,
     base = tmp_path_factory.mktemp("browser")
     (base / "custom_nodes").mkdir()
     (base / "custom_nodes" / "flux-kit").symlink_to(ROOT, target_is_directory=True)
+    (base / "input").mkdir()
+    shutil.copyfile(comfy.path / "input" / "example.png", base / "input" / "example.png")  # comes with every ComfyUI
     for path in EXAMPLES.values():
         for entry in standalone_prompt(path).values():
-            kinds = getattr(session.node_classes()[entry["class_type"]], "KINDS", {})
+            for row in json.loads(entry["inputs"].get("rows", "[]")):
+                (base / "models" / "loras").mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(session.TINY_MODELS / "loras" / LORA, base / "models" / "loras" / row["lora"])
+            kinds = getattr(session.node_classes().get(entry["class_type"]), "KINDS", {})
             for widget, kind in kinds.items():
                 tiny = session.TINY_MODELS / kind / f"{TINY[widget]}.safetensors"
                 wanted = base / "models" / kind / entry["inputs"][widget]
