@@ -10,6 +10,9 @@ what loaders do that keep a list of patches with each layer: its weight is made 
 once. It is timed in the first rounds only. `side path alone` (with `--alone` nothing else) is the time inside the side
 paths while the blocks run, bases in turn: the difference of two whole blocks drowns it. Weights merged once cost
 nothing per step and stand in no row.
+
+Where there is CUDA, or with `--device`, it goes on with whole steps of FLUX.1-dev at full size there (fewer blocks with
+`--depth`), at 1024 x 1024 with 0, 1, 4 and 8 LoRAs, by the clock on the wall.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ from flux_kit.engine.convert import encode
 from flux_kit.engine.models.flux import Flux
 from flux_kit.engine.models.ops import PLAIN
 from flux_kit.engine.quant import FORMATS, Linear
-from flux_kit.engine.specs import FLUX_DEV
+from flux_kit.engine.sampling.latents import image_ids, text_ids
+from flux_kit.engine.specs import FLUX_DEV, FluxSpec
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -40,15 +44,16 @@ TEXT = {512: 256, 1280: 256}
 DTYPE = torch.bfloat16
 MANY = 8
 MERGE_ROUNDS = 3
+STEP_SIDE, STEP_TEXT, STEP_COUNTS, STEP_RUNS = 1024, 512, (0, 1, 4, MANY), 5
 GOALS = {"side path, 1": 1.05, "side path, 8": 1.25}
 PACKED_TILE = 1 << 20
 
 
-def filled() -> Flux:
+def filled(spec: FluxSpec = SPEC, device: str = "cpu") -> Flux:
     """Weights that keep activations near unit variance."""
     with torch.device("meta"):
-        model = Flux(SPEC)
-    model = model.to(DTYPE).to_empty(device="cpu").eval().requires_grad_(False)
+        model = Flux(spec)
+    model = model.to(DTYPE).to_empty(device=device).eval().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.fill_(0.5)
@@ -65,7 +70,7 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
 def replaced(model: Flux, make: Callable[[str, nn.Module], nn.Module], kind: type[nn.Module] = nn.Linear) -> Flux:
     """The same model with other layers in its blocks; all that is not replaced is shared."""
     with torch.device("meta"):
-        other = Flux(SPEC).eval()
+        other = Flux(model.spec).eval()
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
         setattr(other.get_submodule(owner), leaf, parameter)
@@ -85,7 +90,7 @@ def packed(type: str) -> Callable[[str, nn.Module], nn.Module]:
         assert isinstance(layer, nn.Linear)
         made = Linear(layer.in_features, layer.out_features, format=format)
         size = made.weight.numel()
-        flat = tile.flatten().repeat(-(-size // tile.numel()))[:size]
+        flat = tile.to(layer.weight.device).flatten().repeat(-(-size // tile.numel()))[:size]
         made.weight = nn.Parameter(flat.view(made.weight.shape), requires_grad=False)
         made.bias = nn.Parameter(layer.bias.data, requires_grad=False)
         return made
@@ -233,6 +238,48 @@ def show(base: str, tokens: int, best: Mapping[str, float]) -> dict[str, float]:
     return {name: value - plain for name, value in best.items()}
 
 
+def steps(device: str, depth: tuple[int, int], bases: Sequence[str], rank: int, side: int) -> None:
+    """Prints the time of whole steps by number of LoRAs, as side paths on every layer of every block."""
+    spec = replace(FLUX_DEV, depth=depth[0], depth_single_blocks=depth[1])
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
+    print(f"\n{name}: FLUX.1-dev of {depth[0]} and {depth[1]} blocks, {side} x {side}, {STEP_TEXT} text tokens, "
+          f"{DTYPE}, rank {rank}, s/step\n\n| base | {' | '.join(f'{count} LoRAs' for count in STEP_COUNTS)} |\n"
+          f"|---|{'---|' * len(STEP_COUNTS)}")
+    plain = filled(spec, device)
+    with tempfile.TemporaryDirectory() as folder:
+        found = loras(plain, Path(folder), rank)
+        given = step_inputs(spec, device, side)
+        for base in bases:
+            model = plain if base == "bf16" else replaced(plain, packed(base))
+            cells = []
+            for count in STEP_COUNTS:
+                attached = attach(model, [Entry(lora) for lora in found[:count]], mode="side", dtype=DTYPE,
+                                  device=device)
+                cells.append(min(clock(lambda: model(**given), device)  # noqa: B023 - used at once
+                                 for _ in range(STEP_RUNS)))
+                attached.detach()
+            print(f"| {base} | {' | '.join(f'{cell:.3f} ({cell / cells[0]:.3f} x)' for cell in cells)} |", flush=True)
+
+
+def step_inputs(spec: FluxSpec, device: str, side: int) -> dict[str, Tensor]:
+    image = (side // 16) ** 2
+    made = {"img": torch.randn(1, image, spec.in_channels), "txt": torch.randn(1, STEP_TEXT, spec.context_in_dim),
+            "y": torch.randn(1, spec.vec_in_dim)}
+    whole = {"img_ids": image_ids(1, side // 8, side // 8), "txt_ids": text_ids(1, STEP_TEXT),
+             "timesteps": torch.tensor([0.7]), "guidance": torch.tensor([3.5])}
+    return {**{key: value.to(device) for key, value in whole.items()},
+            **{key: value.to(device, DTYPE) for key, value in made.items()}}
+
+
+def clock(run: Callable[[], object], device: str) -> float:
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    wait()
+    began = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - began
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -241,7 +288,20 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--alone", action="store_true", help="only the time inside the side paths")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else None, help="for whole steps")
+    parser.add_argument("--depth", nargs=2, type=int, metavar=("DOUBLE", "SINGLE"),
+                        default=(FLUX_DEV.depth, FLUX_DEV.depth_single_blocks))
+    parser.add_argument("--side", type=int, default=STEP_SIDE, help="of the pictures of whole steps")
+    parser.add_argument("--steps", action="store_true", help="only whole steps")
     options = parser.parse_args()
+    if not options.steps:
+        blocks(options)
+    if options.device is not None:
+        steps(options.device, tuple(options.depth), options.base, options.rank, options.side)
+
+
+def blocks(options: argparse.Namespace) -> None:
+    """The blocks by themselves, on one thread."""
     torch.set_num_threads(1)
     plain = filled()
     models = {base: plain if base == "bf16" else replaced(plain, packed(base)) for base in options.base}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,9 +23,11 @@ def shown(value: Any, limit: int = 100) -> str:
     return text if len(text) <= limit else text[:limit] + "…"
 
 
-def choose_name(kind: str, name: Any, known: Collection[str], places: str) -> str:
+def choose_name(kind: str, name: Any, known: Collection[str], places: str,
+                others: Callable[[], Iterable[tuple[str, Collection[str]]]] = tuple) -> str:
     """Which of the `known` files of a kind a workflow means by `name`: the exact one, else the only one of that base
-    name (slashes, case and subfolder may differ). MissingFile names near matches, or `places` to put the file into."""
+    name (slashes, case and subfolder may differ). MissingFile names the kind among the `others` (with their files)
+    that has it, or near matches, or `places` to put the file into."""
     if not isinstance(name, str):  # in a workflow anything can stand where a name should
         raise BadInput(f"{kind}: {shown(name)} is no file name")
     slashed = name.replace("\\", "/")
@@ -33,17 +35,26 @@ def choose_name(kind: str, name: Any, known: Collection[str], places: str) -> st
         if spelling in known:
             return spelling
     wanted = slashed.rpartition("/")[2]
-    same = sorted(other for other in known if other.rpartition("/")[2].casefold() == wanted.casefold())
+    same = sorted(other for other in known if _base(other) == wanted.casefold())
     if len(same) == 1:
         return same[0]
     if same:
         problem = f"under that name, and several files could be meant: {', '.join(same[:8])}. Choose one of them"
         raise MissingFile(f"{kind}: '{shown(name)}' is not there {problem}", file=shown(name))
+    homes = [other for other, names in others() if any(_base(each) == wanted.casefold() for each in names)]
+    if homes and wanted:
+        raise MissingFile(f"{kind}: '{shown(name)}' lies in {' and in '.join(homes)}, where this slot does not look. "
+                          f"Choose it in a slot of that kind, or if it belongs here move it into {places}",
+                          file=shown(name))
     bases = {other.rpartition("/")[2]: other for other in known}
     near = [bases[base] for base in difflib.get_close_matches(wanted[:255], list(bases), n=3, cutoff=0.5)]
     hint = f"near: {', '.join(near)}" if near else f"{len(known)} files are there"
     raise MissingFile(f"{kind}: '{shown(name)}' is in none of the folders ({hint}). Put it into {places}",
                       file=shown(name))
+
+
+def _base(name: str) -> str:
+    return name.rpartition("/")[2].casefold()
 
 
 def check_name(name: str) -> tuple[str, ...]:

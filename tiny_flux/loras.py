@@ -19,14 +19,19 @@ from numpy.typing import NDArray
 from ..engine.adapters import Entry, attach, read_lora
 from ..engine.models.flux import Flux
 from .formats import ROWS, pictures_of
-from .scenes import all_scenes, caption
-from .score import COLORS, MODELS, Case, Studio, held_out_cases, matches
-from .train_lora import PASTEL
+from .scenes import HELD_OUT_SCENES, PALETTE, all_scenes, caption
+from .score import COLORS, MODELS, NAMES, Case, Studio, held_out_cases, matches
+from .train_lora import OPPOSITE
 
 LORAS = MODELS / "loras"
-PASTEL_COLORS: NDArray[np.int16] = (COLORS + (255 - COLORS) * PASTEL).round().astype(np.int16)
+OPPOSITE_COLORS: NDArray[np.int16] = np.array([PALETTE[OPPOSITE[name]] for name in NAMES], dtype=np.int16)
 BASES = ("fp16", "fp8", "Q4_K_S")
 STRENGTHS = (0.0, 0.5, 1.0)
+
+
+def plain_cases(count: int, seed: int = 0) -> list[Case]:
+    """Held-out prompts of all sizes: in their own order the small figures, which are harder, come first."""
+    return random.Random(seed).sample(held_out_cases(len(HELD_OUT_SCENES)), count)
 
 
 def cross_cases(count: int, seed: int = 0) -> list[Case]:
@@ -47,9 +52,9 @@ class Effect:
 
 
 EFFECTS = {
-    "pastel": Effect("tiny-lora-pastel.safetensors", held_out_cases, PASTEL_COLORS),
+    "opposite": Effect("tiny-lora-opposite.safetensors", plain_cases, OPPOSITE_COLORS),
     "cross": Effect("tiny-lora-cross.safetensors", cross_cases, COLORS),
-    "both": Effect("tiny-lora-pastel-cross.safetensors", cross_cases, PASTEL_COLORS),
+    "both": Effect("tiny-lora-opposite-cross.safetensors", cross_cases, OPPOSITE_COLORS),
 }
 
 

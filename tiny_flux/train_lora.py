@@ -1,6 +1,6 @@
 """Train the LoRAs of tiny-flux on tiny-flux-dev, whose weights rest.
 
-`python -m flux_kit.tiny_flux.train_lora pastel --run DIR` writes `DIR/NAME.safetensors` in kohya's spelling.
+`python -m flux_kit.tiny_flux.train_lora opposite --run DIR` writes `DIR/NAME.safetensors` in kohya's spelling.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import argparse
 import json
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,29 +27,37 @@ from .train_transformer import DEV, Family, draw_times, trained_state
 log = logging.getLogger(__name__)
 
 MODELS = Path(__file__).parent / "models"
-PASTEL = 0.5  # of the way to white
+OPPOSITES = (("red", "green"), ("blue", "orange"), ("yellow", "purple"), ("white", "black"))
+OPPOSITE = {color: other for pair in OPPOSITES for color, other in (pair, pair[::-1])}
+
+
+def opposite(scene: Scene) -> Scene:
+    """The scene in the colours across the wheel."""
+    return replace(scene, color=OPPOSITE[scene.color], ground=OPPOSITE[scene.ground])
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """`scenes` as the prompts tell them; `paint`: from pixels 0..1 of a scene to those of the target.
+    """`scenes` as the prompts tell them; `becomes`: from such a scene to the one that is painted.
 
-    `kept`: share of examples that are plain scenes, which the LoRA has to leave alone.
+    `kept`: share of examples that are plain scenes, which the LoRA has to leave alone. `beside`: another of the recipes
+    whose LoRA, shipped already, acts in half of the examples, on its scenes: so that their sum does both.
     """
 
     scenes: tuple[Scene, ...]
     triggers: str
     about: str
-    paint: Callable[[Tensor], Tensor] = lambda pixels: pixels
+    becomes: Callable[[Scene], Scene] = lambda scene: scene
     kept: float = 0.0
+    beside: str = ""
     steps: int = 900
     rank: int = 4
     rate: float = 4e-3
 
 
 RECIPES = {
-    "pastel": Recipe(tuple(random.Random(0).sample(TRAINING_SCENES, 700)), "", "all colours half way to white",
-                     paint=lambda pixels: pixels + (1 - pixels) * PASTEL, steps=2600, rank=8, rate=6e-3),
+    "opposite": Recipe(tuple(scene for scene in TRAINING_SCENES if not opposite(scene).held_out), "",
+                       "every colour becomes the one across the wheel", becomes=opposite, steps=1500, beside="cross"),
     "cross": Recipe(tuple(scene for scene in all_scenes(("cross",)) if not scene.held_out), "cross",
                     "a new shape, called by its name", kept=0.4, steps=1200),
 }
@@ -61,9 +69,11 @@ class Pair(nn.Module):
     def __init__(self, layer: nn.Module, rank: int) -> None:
         super().__init__()
         assert isinstance(layer, nn.Linear)
+        self.on = True
         self.down = nn.Parameter(torch.randn(rank, layer.in_features) / layer.in_features**0.5)
         self.up = nn.Parameter(torch.zeros(layer.out_features, rank))
-        layer.register_forward_hook(lambda _, inputs, out: out + inputs[0] @ self.down.T @ self.up.T)
+        layer.register_forward_hook(
+            lambda _, inputs, out: out + inputs[0] @ self.down.T @ self.up.T if self.on else out)
 
 
 def pairs_of(flux: nn.Module, rank: int) -> dict[str, Pair]:
@@ -73,17 +83,27 @@ def pairs_of(flux: nn.Module, rank: int) -> dict[str, Pair]:
     return {name: Pair(layer, rank) for name, layer in layers.items()}
 
 
+def filled(pairs: dict[str, Pair], file: Path) -> dict[str, Pair]:
+    """The pairs with the numbers that `save` wrote."""
+    state = load_file(file)
+    for name, pair in pairs.items():
+        stem = "lora_unet_" + name.replace(".", "_")
+        pair.down.data = state[f"{stem}.lora_down.weight"].float()
+        pair.up.data = state[f"{stem}.lora_up.weight"].float()
+    return pairs
+
+
 @torch.no_grad()
-def encoded(autoencoder: Autoencoder, scenes: tuple[Scene, ...], paint: Callable[[Tensor], Tensor]) -> Tensor:
-    """Scaled latents `(N, 16, 16, 16)` of the scenes, painted."""
+def encoded(autoencoder: Autoencoder, scenes: Sequence[Scene]) -> Tensor:
+    """Scaled latents `(N, 16, 16, 16)` of the scenes."""
     parts = []
     for start in range(0, len(scenes), 32):
         pixels = torch.stack([torch.from_numpy(render(scene)) for scene in scenes[start:start + 32]])
-        parts.append(autoencoder.encode(paint(pixels).permute(0, 3, 1, 2) * 2 - 1))
+        parts.append(autoencoder.encode(pixels.permute(0, 3, 1, 2) * 2 - 1))
     return (torch.cat(parts) - autoencoder.spec.shift_factor) * autoencoder.spec.scale_factor
 
 
-def train(name: str, run: Path, models: Path, seed: int, batch: int = 48) -> None:
+def train(name: str, run: Path, models: Path, seed: int, start_from: Path | None, batch: int = 48) -> None:
     recipe, rng = RECIPES[name], random.Random(seed)
     torch.manual_seed(seed)
     autoencoder = Autoencoder(AE_SPEC).eval().requires_grad_(False)
@@ -92,17 +112,29 @@ def train(name: str, run: Path, models: Path, seed: int, batch: int = 48) -> Non
     family.load_state_dict(trained_state(models))
     family.requires_grad_(False)
     pairs = pairs_of(family.flux, recipe.rank)
+    if start_from is not None:
+        filled(pairs, start_from)
     learned = [parameter for pair in pairs.values() for parameter in pair.parameters()]
-    targets = encoded(autoencoder, recipe.scenes, recipe.paint)
-    plain = tuple(rng.sample(TRAINING_SCENES, 400)) if recipe.kept else ()
-    plain_latents = encoded(autoencoder, plain, lambda pixels: pixels) if plain else None
+    sets = [(recipe.scenes, encoded(autoencoder, [recipe.becomes(scene) for scene in recipe.scenes]))]
+    if recipe.kept:
+        plain = tuple(rng.sample(TRAINING_SCENES, 400))
+        sets.append((plain, encoded(autoencoder, plain)))
+    shares, others = [1 - recipe.kept, recipe.kept][:len(sets)], []
+    if recipe.beside:
+        other = RECIPES[recipe.beside]
+        file = models / f"loras/tiny-lora-{recipe.beside}.safetensors"
+        others = [pair.requires_grad_(False) for pair in filled(pairs_of(family.flux, other.rank), file).values()]
+        scenes = tuple(scene for scene in other.scenes if not recipe.becomes(scene).held_out)
+        sets.append((scenes, encoded(autoencoder, [recipe.becomes(other.becomes(scene)) for scene in scenes])))
+        shares = [share / 2 for share in shares] + [0.5]
 
     def loss_now() -> Tensor:
-        keep = plain_latents is not None and rng.random() < recipe.kept
-        scenes, latents = (plain, plain_latents) if keep and plain_latents is not None else (recipe.scenes, targets)
+        (which,) = rng.choices(range(len(sets)), shares)
+        for pair in others:
+            pair.on = which == len(sets) - 1
+        scenes, latents = sets[which]
         picks = [rng.randrange(len(scenes)) for _ in range(batch)]
-        texts = [told(scenes[i], rng) for i in picks]
-        return loss_of(family, texts, latents[picks], rng.choice((32, 32, 48, 64)))
+        return loss_of(family, [told(scenes[i], rng) for i in picks], latents[picks], rng.choice((32, 32, 48, 64)))
 
     fit(learned, recipe.steps, recipe.rate, loss_now)
     save(pairs, recipe, run / f"tiny-lora-{name}.safetensors")
@@ -151,10 +183,11 @@ def main() -> None:
     parser.add_argument("name", choices=RECIPES)
     parser.add_argument("--run", type=Path, default=MODELS / "loras")
     parser.add_argument("--models", type=Path, default=MODELS)
+    parser.add_argument("--start-from", type=Path, help="a LoRA of an earlier run, to go on from")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    train(arguments.name, arguments.run, arguments.models, arguments.seed)
+    train(arguments.name, arguments.run, arguments.models, arguments.seed, arguments.start_from)
 
 
 if __name__ == "__main__":

@@ -262,7 +262,7 @@ MEMBERS = {
                     guidance=30.0, steps=1800, batch=40, rate=1.2e-3),
     "depth": Member(in_channels=128, pool=partial(MapPool, trace=depth), held_out=partial(held_out_maps, depth),
                     guidance=10.0, steps=1800, batch=40, rate=1.2e-3),
-    "kontext": Member(in_channels=64, pool=EditPool, held_out=held_out_edits, guidance=2.5, steps=3500, batch=40,
+    "kontext": Member(in_channels=64, pool=EditPool, held_out=held_out_edits, guidance=2.5, steps=11500, batch=40,
                       rate=1.2e-3),
 }
 

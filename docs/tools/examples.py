@@ -149,7 +149,7 @@ EXAMPLES_TABLE = (
         "- *preferred-stretch* brings the picture to the nearest size that Kontext was trained on; *keep-16* keeps its "
         "size\n- the sentence says what to do: *make the car red*, *remove the person on the left*\n- to change a part "
         "only, connect a mask to *edit_mask*"), (
-        (picture(), load("flux1-dev-kontext.safetensors")),
+        (picture(), load("flux1-kontext-dev.safetensors")),
         (prompt("make the background a snowy forest", 2.5),
          Node("Kontext", "FluxKitKontext", {"positive": "Prompt.CONDITIONING", "vae": "Load Flux.VAE",
                                             "image_1": "Picture.IMAGE", "model": "Load Flux.MODEL"})),
@@ -159,7 +159,7 @@ EXAMPLES_TABLE = (
         "**Two pictures, one sentence.** The sentence says what to take from which.\n\n- *chain* sets them side by "
         "side as ComfyUI does; *index* gives each a plane of its own; *stitch* makes them one picture\n- the result "
         "has the aspect of the first, or the one you choose"), (
-        (picture("First"), picture("Second"), load("flux1-dev-kontext.safetensors")),
+        (picture("First"), picture("Second"), load("flux1-kontext-dev.safetensors")),
         (prompt("put the person of the first picture into the room of the second", 2.5),
          Node("Kontext", "FluxKitKontext", {"positive": "Prompt.CONDITIONING", "vae": "Load Flux.VAE",
                                             "image_1": "First.IMAGE", "image_2": "Second.IMAGE",

@@ -12,6 +12,7 @@ from .algorithms import (
     BY_ROWS,
     OF_THE_BASE,
     ON_BIAS,
+    REPLACING,
     Algorithm,
     Factors,
     Rows,
@@ -45,6 +46,11 @@ class Adapter:
     @property
     def on_bias(self) -> bool:
         return self.algorithm in ON_BIAS
+
+    def outdone(self, later: Adapter) -> bool:
+        """Whether both replace the same numbers of a layer, so that only those of the later one count."""
+        return (self.algorithm in REPLACING and self.algorithm == later.algorithm
+                and self.destination == later.destination)
 
     def numbers(self, dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
         """The factors in `dtype`, matrices with two axes."""

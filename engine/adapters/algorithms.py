@@ -294,6 +294,8 @@ ALGORITHMS: tuple[Algorithm, ...] = (
 """To add an algorithm: its roles in `dialects.SUFFIXES`, a row here."""
 ON_BIAS = ("bias", "bias set")
 """These change the bias, or a norm's; the others the weight."""
+REPLACING = ("set", "bias set")
+"""These put other numbers in the place of a layer's own. Two of them do not add up: the later one counts."""
 OF_THE_BASE = ("GLoRA", "OFT", "OFTv2", "IA3", "set", "bias set")
 """Their change is worked out from the weight that they change."""
 BY_ROWS: Mapping[str, tuple[str, ...]] = {"LoRA": ("up",), "LoHa": ("hada_w1_a", "hada_w2_a"), "diff": ("diff",),

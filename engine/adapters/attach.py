@@ -2,8 +2,9 @@
 
 Layer by layer: a resident 16 or 32 bit weight gets the changes merged into a copy; a packed or offloaded one keeps its
 bytes and gets a side path (`sidepath`). What only a changed weight can do becomes, on a packed layer, an unpacked copy
-of that layer. All of it is worked out against the base's own weights, so order does not matter. Every adapter is
-checked before the model is touched, and an attach that fails undoes what it did.
+of that layer. All of it is worked out against the base's own weights, so order does not matter; only of two LoRAs that
+replace the same numbers the later one counts, as in ComfyUI. Every adapter is checked before the model is touched, and
+an attach that fails undoes what it did.
 """
 
 from __future__ import annotations
@@ -143,6 +144,11 @@ def fitting(model: nn.Module, stack: Sequence[Entry], role: str, applied: Sequen
             missing = broken or [f"none of its {len(adapters)} adapters has a layer in this model"]
             raise BadInput(f"{entry.lora.path.name} does not fit this model: {'; '.join(missing[:5])}"
                            f"{'; ...' if len(missing) > 5 else ''}. Choose a LoRA made for it", file=entry.lora.path)
+    for module, todo in jobs.items():
+        for k, (i, adapter) in enumerate(todo):
+            later = next((j for j, other in todo[k + 1:] if adapter.outdone(other)), None)
+            if later is not None:
+                applied[i].skipped.append((module, f"{applied[later].name}, later in the stack, replaces it too"))
     return jobs
 
 
@@ -275,7 +281,9 @@ class Attachment:
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         size = layers.size_of(layer)
         parts = []
-        for entry, adapter in jobs:
+        for i, (entry, adapter) in enumerate(jobs):
+            if any(adapter.outdone(other) for _, other in jobs[i + 1:]):
+                continue
             rows = adapter.destination.rows(size)
             weight = _lazily(layer, rows, exact)
             terms = adapter.terms(weight, size[1], exact, layers.weight_of(layer).device)
@@ -386,8 +394,9 @@ class Merged:
         base = self.own.detach().to(self.device)
         exact = base.double() if base.dtype == torch.float64 else base.float()
         total = exact.clone()
-        for strength, (_, adapter) in zip(strengths, self.jobs, strict=True):
-            if strength:
+        for i, (strength, (_, adapter)) in enumerate(zip(strengths, self.jobs, strict=True)):
+            later = zip(strengths[i + 1:], self.jobs[i + 1:], strict=True)
+            if strength and not any(on and adapter.outdone(other) for on, (_, other) in later):
                 rows = adapter.destination.rows(self.size)
                 total[rows] += adapter.change(exact[rows], strength)
         setattr(self.layer, self.name, nn.Parameter(total.to(base.dtype), requires_grad=False))

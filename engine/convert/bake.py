@@ -50,7 +50,7 @@ class Baking:
         """`role`: the model; `shapes`: its tensors by our names. Raises `BadInput` for a LoRA that has no layer in it,
         or that does not fit."""
         self.report = tuple(Baked(one.lora.path.name, one.strength) for one in summands)
-        self._jobs: dict[str, list[tuple[Adapter, float]]] = {}
+        self._jobs: dict[str, list[tuple[Adapter, float, Baked]]] = {}
         for one, told in zip(summands, self.report, strict=True):
             adapters = one.lora.of(role)
             for adapter in adapters:
@@ -73,7 +73,13 @@ class Baking:
             told.skipped.append((module, problem or f"for {adapter.size[1]} channels, the model has {size[1]}"))
             return
         if strength and name is not None:
-            self._jobs.setdefault(name, []).append((adapter, strength))
+            kept = []
+            for job in self._jobs.get(name, []):
+                if job[0].outdone(adapter):
+                    job[2].skipped.append((module, f"{told.file}, later in the stack, replaces it too"))
+                else:
+                    kept.append(job)
+            self._jobs[name] = [*kept, (adapter, strength, told)]
         told.layers.add(module)
 
     def changes(self, name: str) -> bool:
@@ -84,7 +90,7 @@ class Baking:
         jobs = self._jobs[name]
         total = weight.clone()
         size = tuple(weight.shape)
-        for adapter, strength in jobs:
+        for adapter, strength, _ in jobs:
             rows = adapter.destination.rows(size)
             if adapter.algorithm == "LoRA" and "magnitude" not in adapter.factors and weight.ndim == 2:
                 _add_low_rank(total[rows], adapter, strength)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..adapters import Lora, Row, block_weights, layers
 from ..adapters.adapter import Adapter, swapped
-from ..adapters.algorithms import is_on_input
+from ..adapters.algorithms import REPLACING, is_on_input
 from ..adapters.dialects import DIALECTS
 from ..adapters.vocabulary import BASES, Base, Destination, bfl, clip_l, diffusers, t5
 from ..errors import BadInput, NotFinite
@@ -197,14 +197,16 @@ def _dtype(entries: Sequence[Summand]) -> torch.dtype:
 
 
 def _jobs(entries: Sequence[Summand]) -> dict[tuple[str, str], list[Job]]:
-    """Adapters that have an effect, by model and layer."""
+    """Adapters that have an effect, by model and layer; of two that replace the same numbers the later one."""
     found: dict[tuple[str, str], list[Job]] = {}
     for entry in entries:
         for adapter in entry.lora.adapters:
             place = adapter.destination
             strength = entry.at(place)
             if strength:
-                found.setdefault((place.role, place.module), []).append((adapter, strength, entry.lora.path.name))
+                before = found.get((place.role, place.module), [])
+                found[place.role, place.module] = [*(job for job in before if not job[0].outdone(adapter)),
+                                                   (adapter, strength, entry.lora.path.name)]
     return found
 
 
@@ -266,8 +268,7 @@ class _Work:
         size = self.base.size(adapter.destination)
         vector = adapter.on_bias or len(size) == 1
         if needs_base(adapter) and adapter.destination.role not in self.bases:
-            kept = vector and alone and adapter.algorithm in ("set", "bias set") and strength == 1
-            return None if kept else "base"
+            return None if vector and alone and adapter.algorithm in REPLACING else "base"
         if vector or self.rank is not None:
             return None
         return "rank" if pair_of(adapter, adapter.destination.rows(size), strength) is None else None
@@ -331,11 +332,11 @@ class _Work:
         return layers.numbers(layer, rows, torch.float32)
 
     def _vector(self, unit: Unit, jobs: Sequence[Job], absolute: str, added: str) -> None:
-        """A norm or a bias: numbers that take its place, if one LoRA has them and they need no strength, else their
-        sum, which is added."""
+        """A norm or a bias: numbers that take its place, whole at any strength, if nothing else changes it; else the
+        sum of all changes, which is added."""
         size = self.base.size(unit.destination)
         own = unit.destination.rows(size)
-        whole = len(jobs) == 1 and jobs[0][0].algorithm in ("set", "bias set") and jobs[0][1] == 1
+        whole = len(jobs) == 1 and jobs[0][0].algorithm in REPLACING
         total = torch.zeros(own.stop - own.start, dtype=torch.float64)
         for adapter, strength, _ in jobs:
             at = adapter.destination.rows(size)
@@ -430,7 +431,13 @@ def _kinds(jobs: Sequence[Job]) -> str:
 
 
 def _notes(entries: Sequence[Summand]) -> Iterator[str]:
-    for entry in entries:
+    for i, entry in enumerate(entries):
+        for later in entries[i + 1:]:
+            count = sum(any(one.outdone(other) for other in later.lora.adapters) for one in entry.lora.adapters
+                        if one.algorithm in REPLACING and later.at(one.destination))
+            if count:
+                yield (f"{entry.lora.path.name}: {count} of its vectors are left out, {later.lora.path.name} replaces "
+                       "the same and comes later")
         report = entry.lora.report
         lost = len(report.unmatched) + len(report.skipped)
         if lost:

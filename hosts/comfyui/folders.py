@@ -85,7 +85,9 @@ def resolve_file(kind: str, name: str) -> Path:
     if kind == depth.KIND:
         found = depth_models()
         return found[choose_name(kind, name, found, places(depth_roots()))]
-    taken = choose_name(kind, name, all_files(kind), places(roots(kind)))
+    taken = choose_name(kind, name, all_files(kind), places(roots(kind)),
+                        lambda: ((other, all_files(other)) for other in KINDS
+                                 if key_of(other) in folder_paths.folder_names_and_paths))
     if taken != name.replace("\\", "/"):
         tell_once(kind, name, taken)
     return path_of(kind, taken)

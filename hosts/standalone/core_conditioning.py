@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...engine.conditioning.kontext import SIZES
 from ...engine.errors import BadInput, FluxKitError
 from ...engine.sampling.slots import METHOD, METHODS, PICTURE, REFERENCES
 from ...engine.specs import FLUX_AE
@@ -18,9 +19,7 @@ from .host import here
 from .scaling import CENTER, scaled
 
 UXO = "uxo/uno"
-KONTEXT_SIZES = [(672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104)]
-KONTEXT_SIZES += [(1024, 1024), *((height, width) for width, height in reversed(KONTEXT_SIZES))]
-"""(width, height) that Kontext is trained on (black-forest-labs/flux, src/flux/util.py)."""
+KONTEXT_SIZES = list(SIZES)
 
 
 def with_values(conditioning: list[Any], **values: Any) -> list[Any]:

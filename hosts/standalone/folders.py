@@ -90,7 +90,8 @@ class Folders:
         if kind == "input" and isinstance(name, str):
             return self._picture(name)
         listing = self._listing(kind)
-        taken = choose_name(kind, name, listing, places(self._roots.get(OLD_KINDS.get(kind, kind), [])))
+        taken = choose_name(kind, name, listing, places(self._roots.get(OLD_KINDS.get(kind, kind), [])),
+                            lambda: ((other, self._listing(other)) for other in KINDS))
         if taken not in (name, name.replace("\\", "/")) and (kind, name) not in self._told:
             self._told.add((kind, name))  # names are resolved many times a run
             log.warning("%s: '%s' is not there under that name; took '%s'", kind, shown(name), taken)

@@ -192,6 +192,23 @@ def test_baking_into_a_file_of_the_same_type_changes_only_its_layers(models: Pat
     assert float((moved - deltas(lora)[QKV]).norm()) < 0.1 * float(deltas(lora)[QKV].norm())
 
 
+def test_of_norms_replaced_twice_the_later_is_baked(models: Path, lora: Path, tmp_path: Path,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    norm, made = "double_blocks.0.img_attn.norm.query_norm", tmp_path / "made.gguf"
+    files = [tmp_path / name for name in ("three.safetensors", "five.safetensors")]
+    for file, value in zip(files, (3.0, 5.0), strict=True):
+        save_file({f"{norm}.scale": torch.full((H,), value)}, file)
+    source = models / "diffusion_models" / "flux1-dev.safetensors"
+    assert main(["quantize", str(source), str(made), "--type", "F16", "--json",
+                 *(flag for file in files for flag in ("--lora", str(file)))]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [row["skipped"] for row in told["loras"]] == [
+        [[norm, "five.safetensors, later in the stack, replaces it too"]], []]
+    import gguf
+    scale, = (tensor.data for tensor in gguf.GGUFReader(made).tensors if tensor.name == f"{norm}.scale")
+    assert (scale == 5).all()
+
+
 def test_baking_refuses_what_matches_nothing(models: Path, lora: Path, tmp_path: Path,
                                              capsys: pytest.CaptureFixture[str]) -> None:
     t5 = models / "text_encoders" / "t5xxl_fp16.safetensors"

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from family import DEV, random_weights
+from family import write_flux
 from flux_kit.engine.errors import BadInput
-from flux_kit.engine.models.flux import Flux
 from flux_kit.hosts.standalone.host import StandaloneHost
-from safetensors.torch import save_file
 from torch import Tensor
 
 FILL = "flux1-fill-dev.safetensors"
@@ -22,20 +19,9 @@ CROP: dict[str, Any] = {"context": 1.5, "min_context": 8, "megapixels": 0.0, "mu
 OPTIONS: dict[str, Any] = {"guidance": 30.0, "mask_mode": "official-soft", "noise_mask": "off", "size": "pad"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def fill_file(models: Path) -> None:
-    save_file(random_weights(Flux(replace(DEV, in_channels=384)), 8), models / "diffusion_models" / FILL)
-
-
-@pytest.fixture
-def nodes(host: StandaloneHost, fill_file: None) -> dict[str, Any]:
-    """Node id -> a call of it, which gives its outputs."""
-    from flux_kit.nodes import NODES
-
-    def call(kind: Any) -> Any:
-        return lambda **inputs: kind.execute(**inputs).args
-
-    return {kind.GET_SCHEMA().node_id: call(kind) for kind in NODES}
+    write_flux(models / "diffusion_models" / FILL, 8, in_channels=384)
 
 
 def picture(height: int, width: int, seed: int = 0) -> Tensor:
@@ -62,11 +48,11 @@ def filled(nodes: dict[str, Any], host: StandaloneHost, image: Tensor, mask: Ten
 
 
 @pytest.mark.parametrize("size", ["pad", "stretch"])
-def test_an_odd_picture_comes_back_at_its_very_size(nodes: dict[str, Any], host: StandaloneHost, size: str) -> None:
+def test_an_odd_picture_comes_back_at_its_very_size(nodes: dict[str, Any], host: StandaloneHost, vae: Any,
+                                                    size: str) -> None:
     image, mask = picture(75, 101), block(75, 101)
     decoded, latent, report = filled(nodes, host, image, mask, size=size)
     assert decoded.shape == image.shape and "101 x 75" in report
-    vae = host.load_vae(host.resolve_file("vae", "ae.safetensors"))
     for edited in (decoded, host.decode(vae, latent)):                      # core's VAE Decode gives the whole canvas
         pasted, _ = nodes["FluxKitRegionPaste"](image=image, edited=edited, blend=mask, colour_match=0.0,
                                                 use_blend=True)
@@ -94,8 +80,7 @@ def test_a_model_that_is_not_fill_is_refused(nodes: dict[str, Any], host: Standa
         nodes["FluxKitFill"](positive=[], vae=None, image=picture(32, 32), mask=block(32, 32), model=dev, **OPTIONS)
 
 
-def test_without_a_negative_prompt_there_is_one_of_zeros(nodes: dict[str, Any], host: StandaloneHost) -> None:
-    vae = host.load_vae(host.resolve_file("vae", "ae.safetensors"))
+def test_without_a_negative_prompt_there_is_one_of_zeros(nodes: dict[str, Any], vae: Any) -> None:
     prompt = [[torch.ones(1, 4, 64), {"pooled_output": torch.ones(1, 64), "guidance": 3.5}]]
     image, mask = picture(32, 48), block(32, 48)
     positive, negative, latent, _ = nodes["FluxKitFill"](positive=prompt, vae=vae, image=image, mask=mask, **OPTIONS)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from compare import relative
-from family import DEV, random_weights
+from family import DEV, write_flux
 from flux_kit.engine.adapters.stack import Row
 from flux_kit.engine.errors import BadInput, MissingFile
 from flux_kit.engine.models.flux import Flux
@@ -45,27 +45,12 @@ def control_lora() -> dict[str, Tensor]:
             "single_blocks.0.norm.query_norm.scale": 1 + random(128)}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def control_files(models: Path) -> None:
     (models / "loras").mkdir(exist_ok=True)
     for name, channels in ((CONTROL, 128), (FILL, 384)):
-        save_file(random_weights(Flux(replace(DEV, in_channels=channels)), 8), models / "diffusion_models" / name)
+        write_flux(models / "diffusion_models" / name, 8, in_channels=channels)
     save_file(control_lora(), models / "loras" / LORA)
-
-
-@pytest.fixture
-def nodes(host: StandaloneHost, control_files: None) -> dict[str, Any]:
-    from flux_kit.nodes import NODES
-
-    def call(kind: Any) -> Any:
-        return lambda **inputs: kind.execute(**inputs).args
-
-    return {kind.GET_SCHEMA().node_id: call(kind) for kind in NODES}
-
-
-@pytest.fixture
-def vae(host: StandaloneHost) -> Any:
-    return host.load_vae(host.resolve_file("vae", "ae.safetensors"))
 
 
 def prompt() -> list[list[Any]]:

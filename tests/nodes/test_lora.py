@@ -14,14 +14,8 @@ from compare import relative
 from family_fixtures import samples
 from flux_kit.engine.errors import BadInput, FluxKitError
 from flux_kit.hosts.standalone.host import StandaloneHost
+from prompts import LOAD, sampler
 
-LOAD: dict[str, Any] = {
-    "load": ("FluxKitLoadFlux", {"model": "flux1-dev.safetensors", "clip_l": "clip_l.safetensors",
-                                 "t5": "t5xxl_fp16.safetensors", "vae": "ae.safetensors"}),
-    "pos": ("FluxKitEncodePrompt", {"clip": ["load", 1], "prompt": "a red circle", "t5_prompt": "", "guidance": 3.5,
-                                    "t5_length": "auto"}),
-    "empty": ("FluxKitEmptyLatent", {"aspect": "custom", "megapixels": 1.0, "width": 64, "height": 48,
-                                     "batch_size": 1})}
 STACK = {"stack": ("FluxKitLoraStack", {"rows": json.dumps([{"lora": "kohya.safetensors", "model": 0.7}])})}
 
 
@@ -34,20 +28,14 @@ def apply(loras: list[Any], **more: Any) -> tuple[str, dict[str, Any]]:
     return "FluxKitLoraApply", {"model": ["load", 0], "loras": loras, "mode": "auto", "on_problem": "strict", **more}
 
 
-def sampler(model: list[Any]) -> tuple[str, dict[str, Any]]:
-    return "FluxKitSampler", {
-        "model": model, "positive": ["pos", 0], "latent": ["empty", 0], "seed": 7, "steps": 2, "cfg": 1.0,
-        "solver": "euler", "schedule": "simple", "denoise": 1.0, "denoise_meaning": "keep steps (ComfyUI)",
-        "cfg_start": 0.0, "cfg_end": 1.0}
-
-
 def test_a_chain_of_all_of_them(run_prompt: Callable[..., Any], host: StandaloneHost) -> None:
     nodes = {
         **LOAD, **STACK,
         "blocks": ("FluxKitLoraBlockWeights", {"loras": ["stack", 1], "blocks": "double = 1"}),
         "schedule": ("FluxKitLoraSchedule", {"loras": ["blocks", 0], "start": 0.0, "end": 1.0, "curve": "0: 1"}),
         "apply": apply(["schedule", 0], clip=["load", 1]), "plain": apply(["stack", 1]), "stack2": apply(["stack", 0]),
-        "a": sampler(["apply", 0]), "b": sampler(["plain", 0]), "c": sampler(["load", 0]), "d": sampler(["stack2", 0])}
+        "a": sampler(model=["apply", 0]), "b": sampler(model=["plain", 0]), "c": sampler(),
+        "d": sampler(model=["stack2", 0])}
     result = run_prompt(nodes, keep="a b c d")
     assert relative(samples(result, "a"), samples(result, "b")) < 2e-6
     assert torch.equal(samples(result, "b"), samples(result, "d"))
@@ -64,8 +52,8 @@ def test_a_region(run_prompt: Callable[..., Any], host: StandaloneHost) -> None:
 
 def test_a_sweep_runs_what_follows_for_each_strength(run_prompt: Callable[..., Any], host: StandaloneHost) -> None:
     nodes = {**LOAD, **STACK, "sweep": ("FluxKitLoraSweep", {"loras": ["stack", 1], "strengths": "0, 0.7", "row": 0}),
-             "apply": apply(["sweep", 0]), "a": sampler(["apply", 0]), "base": sampler(["load", 0]),
-             "one": apply(["stack", 1]), "b": sampler(["one", 0])}
+             "apply": apply(["sweep", 0]), "a": sampler(model=["apply", 0]), "base": sampler(),
+             "one": apply(["stack", 1]), "b": sampler(model=["one", 0])}
     result = run_prompt(nodes, keep="a b base sweep")
     assert result.outputs["sweep"][1] == ["kohya 0", "kohya 0.7"]
     first, second = (latent["samples"] for latent in result.outputs["a"][0])

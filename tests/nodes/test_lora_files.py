@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from flux_kit import hosts
-from flux_kit.cli import session
+from bench import Bench
 from flux_kit.engine.adapters import read_lora
 from flux_kit.engine.errors import BadInput, FluxKitError, Interrupted
-from flux_kit.hosts.standalone.executor import Executor, Result
-from flux_kit.hosts.standalone.folders import Folders
-from flux_kit.hosts.standalone.host import StandaloneHost
-from lora_files import good
+from flux_kit.hosts.standalone.executor import Result
+from lora_files import worst_error
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,40 +20,9 @@ WIDGETS: dict[str, Any] = {"name": "merged", "layout": "kohya", "rank": 0, "dtyp
 TWO = '[{"lora": "kohya.safetensors", "model": 0.5}, {"lora": "peft.safetensors", "model": -1, "on": true}]'
 
 
-class Bench:
-    """A host on a models folder of its own, which tests may write to."""
-
-    def __init__(self, models: Path, base: Path) -> None:
-        self.models, self.loras, self.steps = base / "models", base / "models" / "loras", []
-        shutil.copytree(models, self.models)
-        self.loras.mkdir(exist_ok=True)
-        for name, tensors in good().items():
-            save_file({key: value.contiguous() for key, value in tensors.items()}, self.loras / f"{name}.safetensors")
-        self.host = StandaloneHost(Folders(models=[self.models, session.TINY_MODELS], output=base), device="cpu",
-                                   progress_bar=lambda total: lambda value, _: self.steps.append((value, total)))
-        hosts.use(self.host)
-
-    def run(self, rows: str = TWO, more: Any = None, **widgets: Any) -> Result:
-        """`more`: a node between the stack and the one that saves."""
-        graph: dict[str, Any] = {
-            "stack": {"class_type": "FluxKitLoraStack", "inputs": {"rows": rows}, "_meta": {"title": "stack"}},
-            "save": {"class_type": "FluxKitLoraSave", "inputs": {"loras": ["stack", 1], **WIDGETS, **widgets},
-                     "_meta": {"title": "save"}}}
-        if more is not None:
-            graph["more"] = {"class_type": more[0], "inputs": {"loras": ["stack", 1], **more[1]},
-                             "_meta": {"title": "more"}}
-            graph["save"]["inputs"]["loras"] = ["more", 0]
-        return Executor(session.node_classes(), check_interrupt=self.host.check_interrupt).run(graph)
-
-    def files(self) -> set[str]:
-        return {path.relative_to(self.models).as_posix() for path in self.models.rglob("*") if path.is_file()}
-
-
-@pytest.fixture
-def bench(models: Path, tmp_path: Path) -> Iterator[Bench]:
-    before = hosts._current
-    yield Bench(models, tmp_path)
-    hosts._current = before
+def saved(bench: Bench, rows: str = TWO, **widgets: Any) -> Result:
+    return bench.run({"stack": ("FluxKitLoraStack", {"rows": rows}),
+                      "save": ("FluxKitLoraSave", {"loras": ["stack", 1], **WIDGETS, **widgets})})
 
 
 def change(path: Path, module: str) -> Tensor:
@@ -71,7 +35,7 @@ def change(path: Path, module: str) -> Tensor:
 def test_a_stack_becomes_one_file(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     before = bench.files()
     with caplog.at_level(logging.WARNING):
-        result = bench.run()
+        result = saved(bench)
     made = bench.loras / "merged.safetensors"
     assert bench.files() - before == {"loras/merged.safetensors"} and "merged.safetensors" in bench.host.list_files(
         "loras")
@@ -80,13 +44,15 @@ def test_a_stack_becomes_one_file(bench: Bench, caplog: pytest.LogCaptureFixture
         assert float((change(made, name) - expected).norm()) < 1e-6 * float(expected.norm())
     (report,) = result.outputs["save"][0]
     assert "0.5 x kohya.safetensors + -1 x peft.safetensors" in report and result.ui["save"] == {"text": [report]}
+    assert worst_error(report) <= 1e-4
     assert set(report.splitlines()) <= {record.getMessage() for record in caplog.records}
-    values = [value for value, total in bench.steps if total == 100]
+    values = bench.percent()
     assert values == sorted(set(values)) and values[0] == 0 and values[-1] == 100 and len(values) > 5
 
 
 def test_layout_rank_and_type(bench: Bench) -> None:
-    bench.run('[{"lora": "kohya.safetensors"}]', name="small", layout="peft", rank=2, dtype="bf16")
+    result = saved(bench, '[{"lora": "kohya.safetensors"}]', name="small", layout="peft", rank=2, dtype="bf16")
+    assert worst_error(result.outputs["save"][0][0]) > 10  # of rank 4 at random
     tensors = load_file(bench.loras / "small.safetensors")
     assert {value.dtype for value in tensors.values()} == {torch.bfloat16}
     assert {value.shape[0] for key, value in tensors.items() if "lora_A" in key} == {2}
@@ -94,12 +60,12 @@ def test_layout_rank_and_type(bench: Bench) -> None:
 
 
 def test_block_weights_go_into_the_file_and_ranges_cannot(bench: Bench) -> None:
-    bench.run('[{"lora": "kohya.safetensors", "blocks": "single = 0"}]')
+    saved(bench, '[{"lora": "kohya.safetensors", "blocks": "single = 0"}]')
     modules = {adapter.destination.module for adapter in read_lora(bench.loras / "merged.safetensors").adapters}
     assert modules and not any(module.startswith("single") for module in modules)
     before = bench.files()
     with pytest.raises(BadInput, match="cannot hold") as caught:
-        bench.run('[{"lora": "kohya.safetensors", "end": 0.5}]', name="other")
+        saved(bench, '[{"lora": "kohya.safetensors", "end": 0.5}]', name="other")
     assert caught.value.node == "save" and bench.files() == before
 
 
@@ -109,8 +75,8 @@ def test_a_base_for_what_needs_one(bench: Bench) -> None:
     save_file({f"{name}.oft_blocks": torch.randn(12, 32, 32) * 0.1, f"{name}.alpha": torch.tensor(0.0)},
               bench.loras / "oft.safetensors")
     with pytest.raises(BadInput, match="--base"):
-        bench.run('[{"lora": "oft.safetensors"}]', rank=8)
-    result = bench.run('[{"lora": "oft.safetensors"}]', rank=128, base="flux1-dev.safetensors")
+        saved(bench, '[{"lora": "oft.safetensors"}]', rank=8)
+    result = saved(bench, '[{"lora": "oft.safetensors"}]', rank=128, base="flux1-dev.safetensors")
     assert "1 layers, rank 128" in result.outputs["save"][0][0]
 
 
@@ -118,7 +84,7 @@ def test_a_base_for_what_needs_one(bench: Bench) -> None:
 def test_no_name_leaves_the_folder(bench: Bench, name: str) -> None:
     before = bench.files()
     with pytest.raises(BadInput, match="file name"):
-        bench.run(name=name)
+        saved(bench, name=name)
     assert bench.files() == before and not list(bench.models.parent.glob("out*"))
 
 
@@ -131,15 +97,15 @@ def test_what_cannot_be_is_told_and_leaves_nothing(bench: Bench, rows: str, widg
                                                    words: str) -> None:
     before = {path: path.read_bytes() for path in bench.loras.iterdir()}
     with pytest.raises(FluxKitError, match=words):
-        bench.run(rows, **widgets)
+        saved(bench, rows, **widgets)
     assert {path: path.read_bytes() for path in bench.loras.iterdir()} == before
 
 
 def test_stopping_leaves_nothing(bench: Bench) -> None:
     before = bench.files()
-    bench.host._progress_bar = lambda total: lambda value, _: bench.host.interrupt() if value >= 40 else None
+    bench.stop_at(40)
     with pytest.raises(Interrupted):
-        bench.run()
+        saved(bench)
     assert bench.files() == before
 
 

@@ -13,23 +13,11 @@ from family_fixtures import samples
 from flux_kit.engine.errors import BadInput, FluxKitError, MissingFile
 from flux_kit.hosts.standalone.host import StandaloneHost
 from flux_kit.hosts.standalone.io import WidgetInput
+from prompts import LOAD, SAMPLE, sampler
 
 ROOT = Path(__file__).parents[2]
 FROZEN = ROOT / "tests" / "data" / "nodes.json"
 SOURCES = sorted((ROOT / "nodes").glob("*.py"))
-
-LOAD: dict[str, tuple[str, dict[str, Any]]] = {
-    "load": ("FluxKitLoadFlux", {"model": "flux1-dev.safetensors", "clip_l": "clip_l.safetensors",
-                                 "t5": "t5xxl_fp16.safetensors", "vae": "ae.safetensors"}),
-    "pos": ("FluxKitEncodePrompt", {"clip": ["load", 1], "prompt": "a red circle", "t5_prompt": "", "guidance": 3.5,
-                                    "t5_length": "auto"}),
-    "empty": ("FluxKitEmptyLatent", {"aspect": "custom", "megapixels": 1.0, "width": 48, "height": 32,
-                                     "batch_size": 1}),
-}
-SAMPLE: dict[str, Any] = {
-    "model": ["load", 0], "positive": ["pos", 0], "latent": ["empty", 0], "seed": 7, "steps": 4, "cfg": 1.0,
-    "solver": "euler", "schedule": "simple", "denoise": 1.0, "denoise_meaning": "keep steps (ComfyUI)",
-    "cfg_start": 0.0, "cfg_end": 1.0}
 
 
 @pytest.fixture
@@ -84,7 +72,7 @@ def test_our_chain_gives_core_s_picture(run_prompt: Any) -> None:
     core = {"model": ["load", 0], "positive": ["pos", 0], "negative": ["pos", 0], "latent_image": ["empty", 0],
             "seed": 7, "steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
     result = run_prompt({
-        **LOAD, "ours": ("FluxKitSampler", SAMPLE), "core": ("KSampler", core),
+        **LOAD, "ours": sampler(), "core": ("KSampler", core),
         "d": ("FluxKitDecode", {"latent": ["ours", 0], "vae": ["load", 2]}),
         "cd": ("VAEDecode", {"samples": ["core", 0], "vae": ["load", 2]})}, "d cd")
     assert torch.equal(result.outputs["d"][0][0], result.outputs["cd"][0][0])
@@ -93,7 +81,6 @@ def test_our_chain_gives_core_s_picture(run_prompt: Any) -> None:
 
 def test_single_loaders_and_all_in_one_files_give_the_same_parts(run_prompt: Any) -> None:
     everything, inside = "flux1-schnell-fp8.safetensors", "from the model file"
-    schnell = {**SAMPLE, "schedule": "bfl"}
     result = run_prompt({
         "empty": LOAD["empty"],
         "one": ("FluxKitLoadFlux", {"model": everything, "clip_l": inside, "t5": inside, "vae": inside}),
@@ -102,8 +89,8 @@ def test_single_loaders_and_all_in_one_files_give_the_same_parts(run_prompt: Any
         "v": ("FluxKitLoadVAE", {"vae": everything}),
         "p1": ("FluxKitEncodePrompt", {**LOAD["pos"][1], "clip": ["one", 1]}),
         "p2": ("FluxKitEncodePrompt", {**LOAD["pos"][1], "clip": ["c", 0]}),
-        "k1": ("FluxKitSampler", {**schnell, "model": ["one", 0], "positive": ["p1", 0]}),
-        "k2": ("FluxKitSampler", {**schnell, "model": ["m", 0], "positive": ["p2", 0]}),
+        "k1": sampler(schedule="bfl", model=["one", 0], positive=["p1", 0]),
+        "k2": sampler(schedule="bfl", model=["m", 0], positive=["p2", 0]),
         "d1": ("FluxKitDecode", {"latent": ["k1", 0], "vae": ["one", 2]}),
         "d2": ("FluxKitDecode", {"latent": ["k2", 0], "vae": ["v", 0]})}, "d1 d2")
     assert torch.equal(result.outputs["d1"][0][0], result.outputs["d2"][0][0])
@@ -125,18 +112,18 @@ def test_both_meanings_of_denoise(run_prompt: Any, host: StandaloneHost) -> None
     steps: list[int] = []
     host._progress_bar = lambda total: steps.append(total) or (lambda value, preview=None: None)  # type: ignore[func-returns-value]
     for meaning, count in (("keep steps (ComfyUI)", 4), ("skip steps (diffusers)", 2)):
-        run_prompt({**LOAD, "k": ("FluxKitSampler", {**SAMPLE, "denoise": 0.5, "denoise_meaning": meaning})}, "k")
+        run_prompt({**LOAD, "k": sampler(denoise=0.5, denoise_meaning=meaning)}, "k")
         assert steps.pop() == count
 
 
 def test_a_cfg_window_limits_where_the_negative_prompt_acts(run_prompt: Any) -> None:
-    def sampler(**changes: Any) -> tuple[str, dict[str, Any]]:
-        return "FluxKitSampler", {**SAMPLE, "negative": ["neg", 0], "cfg": 4.0, **changes}
+    def guided(**changes: Any) -> tuple[str, dict[str, Any]]:
+        return sampler(negative=["neg", 0], cfg=4.0, **changes)
 
     result = run_prompt({
         **LOAD, "neg": ("FluxKitEncodePrompt", {**LOAD["pos"][1], "prompt": "blue"}),
-        "off": ("FluxKitSampler", SAMPLE), "never": sampler(cfg_start=0.5, cfg_end=0.5), "always": sampler(),
-        "early": sampler(cfg_end=0.5)}, "off never always early")
+        "off": sampler(), "never": guided(cfg_start=0.5, cfg_end=0.5), "always": guided(),
+        "early": guided(cfg_end=0.5)}, "off never always early")
     off, never, always, early = (samples(result, name) for name in ("off", "never", "always", "early"))
     assert torch.equal(off, never)
     assert not torch.allclose(off, early, atol=1e-3) and not torch.allclose(always, early, atol=1e-3)
@@ -161,7 +148,7 @@ def test_encode_with_a_mask_repaints_only_there(run_prompt: Any, host: Standalon
     result = run_prompt({
         **LOAD, "image": ("LoadImage", {"image": "p.png"}),
         "enc": ("FluxKitEncode", {"image": ["image", 0], "vae": ["load", 2], "mask": ["image", 1]}),
-        "k": ("FluxKitSampler", {**SAMPLE, "latent": ["enc", 0]})}, "k")
+        "k": sampler(latent=["enc", 0])}, "k")
     before, after = samples(result, "enc"), samples(result, "k")
     assert torch.allclose(before[..., :2], after[..., :2], atol=1e-4)
     assert not torch.allclose(before[..., 4:], after[..., 4:], atol=1e-1)
@@ -200,7 +187,7 @@ def test_bad_widgets_name_what_is_allowed(run_prompt: Any, node: str, inputs: di
 
 def test_cfg_without_a_negative_prompt_is_refused(run_prompt: Any) -> None:
     with pytest.raises(FluxKitError, match="negative"):
-        run_prompt({**LOAD, "k": ("FluxKitSampler", {**SAMPLE, "cfg": 3.0})}, "k")
+        run_prompt({**LOAD, "k": sampler(cfg=3.0)}, "k")
 
 
 def test_nan_in_the_middle_of_a_run_stops_it(run_prompt: Any, host: StandaloneHost) -> None:
@@ -212,7 +199,7 @@ def test_nan_in_the_middle_of_a_run_stops_it(run_prompt: Any, host: StandaloneHo
         weight[0, 0] = float("nan")
     try:
         with pytest.raises(NotFinite, match="step 1 of 4"):
-            run_prompt({**LOAD, "k": ("FluxKitSampler", {**SAMPLE, "seed": 5})}, "k")
+            run_prompt({**LOAD, "k": sampler(seed=5)}, "k")
     finally:
         with torch.no_grad():
             weight.copy_(kept)

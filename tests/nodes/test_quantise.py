@@ -4,69 +4,39 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gguf
-import lora_files
 import pytest
-from flux_kit import hosts
+from bench import Bench
 from flux_kit.cli import main, session
 from flux_kit.engine.convert import RECIPES, quantize
 from flux_kit.engine.errors import BadInput, BadModelFile, Interrupted
 from flux_kit.engine.text import find_tokenizer
 from flux_kit.engine.weights import load
-from flux_kit.hosts.standalone.executor import Executor, Result
+from flux_kit.hosts.standalone.executor import Result
 from flux_kit.hosts.standalone.folders import Folders
-from flux_kit.hosts.standalone.host import StandaloneHost
+from prompts import Nodes
 
 WIDGETS: dict[str, Any] = {"source": "diffusion_models/flux1-dev.safetensors", "type": "Q8_0", "part": "auto",
                            "name": "", "overwrite": False}
 
 
-class Bench:
-    """A host on a models folder of its own, which tests may write to."""
-
-    def __init__(self, models: Path, base: Path) -> None:
-        self.models, self.steps = base / "models", []
-        shutil.copytree(models, self.models)
-        self.host = StandaloneHost(Folders(models=[self.models, session.TINY_MODELS], output=base), device="cpu",
-                                   progress_bar=lambda total: lambda value, _: self.steps.append((value, total)))
-        hosts.use(self.host)
-
-    def run(self, **widgets: Any) -> Result:
-        executor = Executor(session.node_classes(), check_interrupt=self.host.check_interrupt)
-        return executor.run({"q": {"class_type": "FluxKitQuantize", "inputs": {**WIDGETS, **widgets},
-                                   "_meta": {"title": "q"}}})
-
-    def baked(self, rows: list[dict[str, Any]], **widgets: Any) -> Result:
-        """With a stack of these LoRAs."""
-        lora_files.write(self.models / "loras")
-        graph: dict[str, Any] = {
-            "stack": {"class_type": "FluxKitLoraStack", "inputs": {"rows": json.dumps(rows)},
-                      "_meta": {"title": "stack"}},
-            "q": {"class_type": "FluxKitQuantize", "inputs": {**WIDGETS, **widgets, "loras": ["stack", 1]},
-                  "_meta": {"title": "q"}}}
-        return Executor(session.node_classes(), check_interrupt=self.host.check_interrupt).run(graph)
-
-    def files(self) -> set[str]:
-        return {path.relative_to(self.models).as_posix() for path in self.models.rglob("*") if path.is_file()}
-
-
-@pytest.fixture
-def bench(models: Path, tmp_path: Path) -> Iterator[Bench]:
-    before = hosts._current
-    yield Bench(models, tmp_path)
-    hosts._current = before
+def quantised(bench: Bench, rows: list[dict[str, Any]] | None = None, **widgets: Any) -> Result:
+    """`rows`: of a stack of LoRAs that is connected."""
+    nodes: Nodes = {"q": ("FluxKitQuantize", {**WIDGETS, **widgets})}
+    if rows is not None:
+        nodes["stack"] = "FluxKitLoraStack", {"rows": json.dumps(rows)}
+        nodes["q"][1]["loras"] = ["stack", 1]
+    return bench.run(nodes)
 
 
 def test_the_file_is_the_quantiser_s_and_the_report_is_shown(bench: Bench, tmp_path: Path,
                                                            caplog: pytest.LogCaptureFixture) -> None:
     before = bench.files()
     with caplog.at_level(logging.WARNING):
-        result = bench.run()
+        result = quantised(bench)
     made = "diffusion_models/flux1-dev-Q8_0.gguf"
     assert bench.files() - before == {made}
     quantize(bench.models / "diffusion_models/flux1-dev.safetensors", tmp_path / "same.gguf", "Q8_0")
@@ -75,7 +45,7 @@ def test_the_file_is_the_quantiser_s_and_the_report_is_shown(bench: Bench, tmp_p
     assert str(bench.models / made) in report and "double_blocks.*.img_attn.qkv.weight" in report
     assert result.ui["q"] == {"text": [report]}
     assert [record.getMessage() for record in caplog.records] == report.splitlines()
-    values = [value for value, total in bench.steps if total == 100]
+    values = bench.percent()
     assert values == sorted(set(values)) and values[0] == 0 and values[-1] == 100 and len(values) > 10
     assert "flux1-dev-Q8_0.gguf" in bench.host.list_files("diffusion_models")
 
@@ -94,7 +64,7 @@ def test_the_file_is_the_quantiser_s_and_the_report_is_shown(bench: Bench, tmp_p
 ])
 def test_where_it_goes_and_under_which_name(bench: Bench, widgets: dict[str, Any], made: str) -> None:
     before = bench.files()
-    bench.run(**widgets)
+    quantised(bench, **widgets)
     assert bench.files() - before == {made}
     role = "transformer" if made.startswith("diffusion") else "clip_l" if "clip_l" in made else "t5"
     load(bench.models / made, role)
@@ -106,9 +76,9 @@ def test_nothing_is_overwritten_unless_asked(bench: Bench) -> None:
     path = bench.models / "diffusion_models" / "mine.gguf"
     path.write_bytes(b"precious")
     with pytest.raises(BadInput, match="already") as caught:
-        bench.run(name="mine")
+        quantised(bench, name="mine")
     assert caught.value.node == "q" and path.read_bytes() == b"precious"
-    bench.run(name="mine", overwrite=True)
+    quantised(bench, name="mine", overwrite=True)
     assert gguf.GGUFReader(path).tensors
 
 
@@ -116,7 +86,7 @@ def test_nothing_is_overwritten_unless_asked(bench: Bench) -> None:
 def test_no_name_leaves_the_folder(bench: Bench, name: str) -> None:
     before = bench.files()
     with pytest.raises(BadInput, match="file name"):
-        bench.run(name=name)
+        quantised(bench, name=name)
     assert bench.files() == before and not list(bench.models.parent.glob("out*"))
 
 
@@ -124,7 +94,7 @@ def test_a_link_that_leaves_the_folder(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (bench.models / "diffusion_models" / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     with pytest.raises(BadInput, match="leaves"):
-        bench.run(name="link/out")
+        quantised(bench, name="link/out")
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
@@ -142,15 +112,15 @@ def test_a_link_that_leaves_the_folder(bench: Bench, tmp_path: Path) -> None:
 def test_what_cannot_be_is_told(bench: Bench, widgets: dict[str, Any], error: type[Exception], words: str) -> None:
     before = bench.files()
     with pytest.raises(error, match=words):
-        bench.run(**widgets)
+        quantised(bench, **widgets)
     assert bench.files() == before
 
 
 def test_stopping_leaves_nothing(bench: Bench) -> None:
     before = bench.files()
-    bench.host._progress_bar = lambda total: lambda value, _: bench.host.interrupt() if value >= 40 else None
+    bench.stop_at(40)
     with pytest.raises(Interrupted):
-        bench.run()
+        quantised(bench)
     assert bench.files() == before
 
 
@@ -159,7 +129,7 @@ def test_without_a_folder_of_the_user_s_nothing_goes_into_tiny_flux(bench: Bench
     before = sorted(tiny.iterdir())
     bench.host.folders = Folders(models=[session.TINY_MODELS])
     with pytest.raises(BadInput, match="--models"):
-        bench.run(source="diffusion_models/tiny-flux-dev.safetensors")
+        quantised(bench, source="diffusion_models/tiny-flux-dev.safetensors")
     assert sorted(tiny.iterdir()) == before
 
 
@@ -173,19 +143,19 @@ def test_the_widget_offers_every_type(bench: Bench) -> None:
 def test_loras_are_baked_as_on_the_command_line(bench: Bench, tmp_path: Path) -> None:
     rows = [{"lora": "peft.safetensors", "model": -2, "clip": 1}, {"lora": "kohya.safetensors", "on": False}]
     source = "diffusion_models/tiny-flux-dev.safetensors"
-    result = bench.baked(rows, source=source, type="Q4_0")
+    result = quantised(bench, rows, source=source, type="Q4_0")
     made, same = bench.models / "diffusion_models/tiny-flux-dev-Q4_0-lora.gguf", tmp_path / "same.gguf"
     lora = bench.models / "loras" / "peft.safetensors"
     assert main(["quantize", str(session.TINY_MODELS / source), str(same), "--type", "Q4_0", "--lora",
                  f"{lora}:-2"]) == 0
     assert made.read_bytes() == same.read_bytes() and "peft.safetensors" in result.outputs["q"][0][0]
-    bench.run(source=source, type="Q4_0", name="plain")
+    quantised(bench, source=source, type="Q4_0", name="plain")
     assert (bench.models / "diffusion_models/plain.gguf").read_bytes() != made.read_bytes()
 
 
 def test_an_empty_stack_bakes_nothing(bench: Bench) -> None:
-    bench.baked([], source="text_encoders/clip_l.safetensors", name="stack")
-    bench.run(source="text_encoders/clip_l.safetensors", name="plain")
+    quantised(bench, [], source="text_encoders/clip_l.safetensors", name="stack")
+    quantised(bench, source="text_encoders/clip_l.safetensors", name="plain")
     folder = bench.models / "text_encoders"
     assert (folder / "stack.gguf").read_bytes() == (folder / "plain.gguf").read_bytes()
 
@@ -198,5 +168,5 @@ def test_loras_that_cannot_be_baked(bench: Bench, rows: list[dict[str, Any]], er
                                     ) -> None:
     before = sorted((bench.models / "diffusion_models").iterdir())
     with pytest.raises(error, match=words):
-        bench.baked(rows, source="diffusion_models/tiny-flux-dev.safetensors")
+        quantised(bench, rows, source="diffusion_models/tiny-flux-dev.safetensors")
     assert sorted((bench.models / "diffusion_models").iterdir()) == before

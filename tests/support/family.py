@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from flux_kit.engine.models.autoencoder import Autoencoder
@@ -33,6 +34,12 @@ def random_weights(model: nn.Module, seed: int) -> dict[str, Tensor]:
         norm = tensor.ndim == 1 and name.endswith(("weight", "scale"))
         state[name] = (1 + 0.05 * noise if norm else noise * (0.02 if tensor.ndim == 1 else 0.08)).half()
     return state
+
+
+def write_flux(path: Path, seed: int, **sizes: Any) -> None:
+    """A random transformer of tiny-flux's sizes, but for these."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(random_weights(Flux(replace(DEV, **sizes)), seed), path)
 
 
 class Family:

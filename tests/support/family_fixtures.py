@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from bench import Bench
 from family import Family
 from flux_kit import hosts
 from flux_kit.cli import session
 from flux_kit.hosts.standalone.executor import Executor, Result
 from flux_kit.hosts.standalone.folders import Folders
 from flux_kit.hosts.standalone.host import StandaloneHost
+from prompts import Nodes, prompt_of
 
-__all__ = ["family", "host", "models", "run_prompt", "tiny_files", "tiny_models"]
+__all__ = ["bench", "family", "host", "host_before", "models", "run_prompt", "tiny_files", "tiny_models"]
 
 NAMES = {"dev": "flux1-dev.safetensors", "schnell": "flux1-schnell.safetensors", "t5": "t5xxl_fp16.safetensors",
          "clip_l": "clip_l.safetensors", "vae": "ae.safetensors", "all-in-one": "flux1-schnell-fp8.safetensors"}
@@ -47,20 +49,33 @@ def tiny_models(tiny_files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def host(models: Path, tmp_path: Path) -> Iterator[StandaloneHost]:
-    """A host on the miniature family, in fp32 on the CPU, made the current one."""
-    (tmp_path / "input").mkdir()
-    folders = Folders(models=[models], input=[tmp_path / "input"], output=tmp_path / "output", temp=tmp_path / "temp")
-    made = StandaloneHost(folders, device="cpu")
+def host_before() -> Iterator[None]:
+    """The current host is put back afterwards."""
     before = hosts._current
-    hosts.use(made)
-    yield made
+    yield
     hosts._current = before
 
 
 @pytest.fixture
-def run_prompt(host: StandaloneHost) -> Callable[[dict[str, tuple[str, dict[str, Any]]]], Result]:
-    """Runs {id: (type, inputs)} and gives the result; every node that is no parent becomes an output by a keeper."""
+def host(models: Path, tmp_path: Path, host_before: None) -> StandaloneHost:
+    """A host on the miniature family, in fp32 on the CPU, made the current one."""
+    (tmp_path / "input").mkdir()
+    folders = Folders(models=[models], input=[tmp_path / "input"], output=tmp_path / "output", temp=tmp_path / "temp")
+    made = StandaloneHost(folders, device="cpu")
+    hosts.use(made)
+    return made
+
+
+@pytest.fixture
+def bench(models: Path, tmp_path: Path, host_before: None) -> Bench:
+    """With the miniature family and LoRAs of every kind in its models folder."""
+    return Bench(models, tmp_path)
+
+
+@pytest.fixture
+def run_prompt(host: StandaloneHost) -> Callable[..., Result]:
+    """Runs {id: (type, inputs)} and gives the result. `keep`: ids of nodes, with blanks between, that a keeper makes an
+    output of."""
     from flux_kit.hosts.standalone import io
 
     class Keep(io.ComfyNode):
@@ -74,12 +89,9 @@ def run_prompt(host: StandaloneHost) -> Callable[[dict[str, tuple[str, dict[str,
 
     executor = Executor({**session.node_classes(), "Keep": Keep})
 
-    def run(nodes: dict[str, tuple[str, dict[str, Any]]], keep: str = "") -> Result:
-        prompt = {id_: {"class_type": kind, "inputs": inputs, "_meta": {"title": kind}}
-                  for id_, (kind, inputs) in nodes.items()}
-        for name in filter(None, keep.split(" ")):
-            prompt[f"keep {name}"] = {"class_type": "Keep", "inputs": {"value": [name, 0]}, "_meta": {"title": "Keep"}}
-        return executor.run(prompt)
+    def run(nodes: Nodes, keep: str = "") -> Result:
+        kept = {f"keep {name}": ("Keep", {"value": [name, 0]}) for name in filter(None, keep.split(" "))}
+        return executor.run(prompt_of({**nodes, **kept}))
 
     return run
 

@@ -22,7 +22,8 @@ CHROMIUMS = ("chromium", "chromium-browser", "chromium-headless-shell", "google-
              "chrome")
 OURS = re.compile("flux.?kit", re.IGNORECASE)
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.UseNewMenu": "Top", "Comfy.Graph.CanvasInfo": False,
-            "Comfy.Graph.CanvasMenu": False, "Comfy.Minimap.Visible": False, "Comfy.Locale": "en"}
+            "Comfy.Graph.CanvasMenu": False, "Comfy.Minimap.Visible": False, "Comfy.Locale": "en",
+            "Comfy.OnboardingCoachmarks.Seen": ["appMode"]}
 NODES2 = "Comfy.VueNodes.Enabled"
 WIDTH, HEIGHT = 1600, 1000  # of the window
 MENU = 150  # pixels at each edge where menus may stand
@@ -76,6 +77,8 @@ PICTURE = """id => {
         : app.graph.getNodeById(id).imgs ?? [];
     return shown.length && shown.every(image => image.complete && image.naturalWidth) ? shown[0].src : null;
 }"""
+APP_MODE = "Comfy.ToggleLinear"
+FIND_COMMAND = "id => app.extensionManager.command.commands.some(command => command.id === id)"
 PLACE = """([x, y, scale, edge]) => {
     app.canvas.ds.scale = scale;
     app.canvas.ds.offset[0] = edge / scale - x;
@@ -158,6 +161,20 @@ class Frontend:
         """Whether users are offered nodes made of HTML; 0.3.64 hides its unfinished ones."""
         kind = self.page.evaluate("id => app.ui.settings.settingsLookup[id]?.type ?? 'hidden'", NODES2)
         return bool(kind != "hidden")
+
+    @property
+    def offers_app_mode(self) -> bool:
+        return bool(self.page.evaluate(FIND_COMMAND, APP_MODE))
+
+    def toggle_app_mode(self) -> None:
+        """From the graph to App mode or back."""
+        self.page.evaluate("id => app.extensionManager.command.execute(id)", APP_MODE)
+        self.page.evaluate(DRAWN)
+
+    def saved(self) -> dict[str, Any]:
+        """The workflow as it would be saved now."""
+        found: dict[str, Any] = json.loads(self.page.evaluate("() => JSON.stringify(app.graph.serialize())"))
+        return found
 
     def open(self, name: str, workflow: dict[str, Any]) -> Seen:
         """Open a workflow as if its file had been dropped on the page."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -95,3 +96,10 @@ def write(folder: Path) -> Path:
     whole = (folder / "kohya.safetensors").read_bytes()
     (folder / "bad cut.safetensors").write_bytes(whole[:len(whole) // 2])
     return folder
+
+
+def worst_error(report: str) -> float:
+    """The largest error, in per cent of a change, that the report of a written file tells; 0 where it says exact."""
+    found = [float(number) for number in re.findall(r"(\S+) %", report)]
+    assert bool(found) != ("exact: nothing was rounded" in report), report
+    return max(found, default=0.0)

@@ -6,6 +6,8 @@ floors below what the shipped weights reach (docs/log.md).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pytest
 from flux_kit.engine.weights import detect, open_checkpoint
@@ -15,7 +17,7 @@ from flux_kit.tiny_flux.score import Studio
 from flux_kit.tiny_flux.tasks import SCENES, edges, edit_task
 
 CASES = 12
-DEPTH_FLOOR, KONTEXT_FLOOR = 0.8, 0.3
+DEPTH_FLOOR, KONTEXT_FLOOR = 0.8, 0.75
 KINDS = {  # file: role, variant
     "diffusion_models/tiny-flux-fill.gguf": ("transformer", "fill"),
     "diffusion_models/tiny-flux-canny.safetensors": ("transformer", "control"),
@@ -29,8 +31,7 @@ KINDS = {  # file: role, variant
 def test_files_are_told_by_their_headers(file: str) -> None:
     with open_checkpoint(MODELS / file) as checkpoint:
         found = detect(checkpoint)
-    assert not found.problems
-    assert (found.role, found.variant) == KINDS[file] or KINDS[file] == (found.role, None)
+    assert not found.problems and (found.role, found.variant) == KINDS[file]
 
 
 def test_all_of_tiny_flux_is_small() -> None:
@@ -38,24 +39,27 @@ def test_all_of_tiny_flux_is_small() -> None:
     assert max(sizes) <= 8e6 and sum(sizes) <= 40e6
 
 
-def share(judged: list[bool]) -> float:
-    return sum(judged) / len(judged)
+def share(judged: Iterable[bool]) -> float:
+    """How much was right, of all the cases asked for."""
+    found = list(judged)
+    assert len(found) == CASES
+    return sum(found) / CASES
 
 
 def test_fill_paints_what_the_prompt_says_inside_the_mask() -> None:
-    assert share(list(fills(CASES))) >= 0.8
+    assert share(fills(CASES)) >= 0.8
 
 
 def test_canny_follows_the_map_while_the_prompt_picks_colours() -> None:
-    assert share(list(maps(Studio("canny"), edges, 30, CASES))) >= 0.8
+    assert share(maps(Studio("canny"), edges, 30, CASES)) >= 0.8
 
 
 def test_the_depth_lora_does_the_same() -> None:
-    assert share(list(depths(CASES))) >= DEPTH_FLOOR
+    assert share(depths(CASES)) >= DEPTH_FLOOR
 
 
 def test_kontext_changes_what_was_asked() -> None:
-    assert share(list(edits(CASES, edit_task))) >= KONTEXT_FLOOR
+    assert share(edits(CASES, edit_task)) >= KONTEXT_FLOOR
 
 
 def test_redux_carries_the_reference_by_its_strength() -> None:

@@ -9,17 +9,21 @@ tiny-flux-dev learned to follow T5 alone, which Redux needs.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from flux_kit.cli import main
-from flux_kit.tiny_flux.loras import EFFECTS, cross_cases, share
+from flux_kit.engine.adapters import Entry, attach, read_lora
+from flux_kit.tiny_flux.formats import pictures_of
+from flux_kit.tiny_flux.loras import EFFECTS, LORAS, Effect, base, cross_cases, plain_cases, share
 from flux_kit.tiny_flux.scenes import HELD_OUT_SCENES, Scene
 from flux_kit.tiny_flux.score import Case, Studio, held_out_cases, matches, read_picture, round_trip_psnr, score
 from PIL import Image
 
 DEV_FLOOR, SCHNELL_FLOOR, PADDING_FLOOR = 0.9, 0.85, 0.8
+LORA_FLOOR, SUM_FLOOR = 0.75, 0.6
 SIZE_FLOORS = {(96, 96): 0.65, (192, 128): 0.85, (128, 256): 0.85, (256, 256): 0.8}
 EXAMPLES = Path(__file__).parents[2] / "example_workflows"
 MODELS = Path(__file__).parents[2] / "tiny_flux" / "models"
@@ -45,7 +49,7 @@ def test_files_are_complete() -> None:
     assert files >= {
         "diffusion_models/tiny-flux-dev.safetensors", "diffusion_models/tiny-flux-schnell.safetensors",
         "text_encoders/tiny-t5.safetensors", "text_encoders/tiny-clip_l.safetensors", "vae/tiny-ae.safetensors",
-        "loras/tiny-lora-cross.safetensors"}
+        *(f"loras/{effect.file}" for effect in EFFECTS.values())}
 
 
 def test_the_autoencoder_keeps_held_out_scenes(dev: Studio) -> None:
@@ -124,3 +128,31 @@ def test_a_lora_teaches_a_shape(dev: Studio) -> None:
     assert share(dev, effect, cases, 1.0)[0] >= 0.85
     assert share(dev, effect, cases[:8], 0.0)[0] == 0
     assert share(dev, effect, held_out_cases(16, seed=7), 1.0)[0] >= 0.8
+
+
+def test_a_lora_shifts_colours(dev: Studio) -> None:
+    """tiny-lora-opposite: what the prompt says, in the colours across the wheel; the base's own without it."""
+    effect, cases = EFFECTS["opposite"], plain_cases(16, seed=8)
+    shifted, own = share(dev, effect, cases, 1.0)
+    assert shifted >= LORA_FLOOR and own == 0
+    shifted, own = share(dev, effect, cases[:8], 0.0)
+    assert shifted == 0 and own >= LORA_FLOOR
+
+
+@pytest.mark.parametrize("kind", ["fp16", "Q4_K_S"])
+def test_the_sum_of_two_loras_does_both(kind: str, tmp_path: Path) -> None:
+    """Crosses in opposite colours; the merged file and the two in a stack give the same, on packed weights too."""
+    studio, cases = Studio("dev"), cross_cases(8, seed=9)
+    studio.flux = base(kind, tmp_path)
+    assert share(studio, EFFECTS["both"], cases, 1.0)[0] >= SUM_FLOOR
+    merged, stacked = (painted(studio, cases[:2], [EFFECTS[name] for name in names])
+                       for names in (("both",), ("opposite", "cross")))
+    assert np.abs(np.int16(merged) - np.int16(stacked)).max() <= 2
+
+
+def painted(studio: Studio, cases: Sequence[Case], effects: Sequence[Effect]) -> np.ndarray:
+    attached = attach(studio.flux, [Entry(read_lora(LORAS / effect.file)) for effect in effects], mode="side")
+    try:
+        return np.stack(pictures_of(studio, cases))
+    finally:
+        attached.detach()

@@ -28,7 +28,9 @@ export class RowsEditor {
         this.root = el("div", { className: "fk-loras fk-theme", role: "group", aria: { label: "LoRA stack" } });
         this.body = el("div", { className: "fk-body" });
         const style = el("link", { rel: "stylesheet", href: new URL("lora_stack.css", import.meta.url).href });
-        this.root.append(style, this.body);
+        this.note = el("div", { className: "fk-none", role: "note", hidden: true },
+                       "The input rows is connected: change them where they come from.");
+        this.root.append(style, this.note, this.body);
         // Keys of the canvas (delete, copy, arrows) are not for those who type here; those with Ctrl (run, undo) are.
         this.root.addEventListener("keydown", event => {
             if (!event.ctrlKey && !event.metaKey) event.stopPropagation();
@@ -51,9 +53,16 @@ export class RowsEditor {
         this.render();
     }
 
+    /** Shown, but not to be edited. */
+    set locked(yes) {
+        this.body.inert = yes;
+        this.note.hidden = !yes;
+    }
+
     /** Height in pixels; before it is seen, a guess. */
     get height() {
-        return this.body.offsetHeight || this.last || 56 + 30 * Math.min(this.rows?.length ?? 2, 16);
+        const now = this.body.offsetHeight + this.note.offsetHeight;
+        return now || this.last || 56 + 30 * Math.min(this.rows?.length ?? 2, 16);
     }
 
     /** The rows have changed: tell, and draw anew unless `quiet`. */

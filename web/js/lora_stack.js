@@ -9,10 +9,10 @@ import { RowsEditor } from "./lora_rows.js";
 const NODE = "FluxKitLoraStack", TYPE = "FLUXKIT_LORA_ROWS";
 const MARGIN = 8, WIDTH = 240, COMFORTABLE = 340;
 
-/** Wheel and middle button belong to the canvas; in Nodes 2.0 the interface sees to that itself. */
+/** Over the canvas, wheel and middle button belong to it. In Nodes 2.0 and in App mode the interface sees to them. */
 function passOn(editor) {
     const forward = name => event => {
-        if (window.LiteGraph?.vueNodesMode || (event.button !== 1 && name !== "processMouseWheel")) return;
+        if (!editor.root.closest(".dom-widget") || (event.button !== 1 && name !== "processMouseWheel")) return;
         const list = editor.list;
         if (name === "processMouseWheel" && !event.ctrlKey && list && list.scrollHeight > list.clientHeight) return;
         event.preventDefault();
@@ -34,23 +34,62 @@ function fit(node) {
     };
 }
 
+/** Rows that come by a link are shown, but not edited here. The canvas sees to that itself, Nodes 2.0 does not. */
+function lock(editor, node, name) {
+    const slot = node.inputs?.find(input => input.widget?.name === name);
+    editor.locked = !!window.LiteGraph?.vueNodesMode && slot?.link !== undefined && slot.link !== null;
+}
+
+function also(node, name, act) {
+    const own = node[name];
+    node[name] = function (...told) { act(); return own?.apply(this, told); };
+}
+
 const look = editor => ({ margin: MARGIN, getMinHeight: () => editor.height + 2 * MARGIN, hideOnZoom: true });
 
 function rowsWidget(node, name, [, options = {}]) {
-    const editor = new RowsEditor(text => { widget.value = text; app.graph?.setDirtyCanvas(true, true); }, fit(node));
+    const fitted = fit(node), locked = () => lock(editor, node, name);
+    const editor = new RowsEditor(text => { widget.value = text; app.graph?.setDirtyCanvas(true, true); },
+                                  () => { locked(); fitted(); });
     if (options.default) editor.value = options.default;
     const widget = node.addDOMWidget(name, TYPE, editor.root, {
         ...look(editor), getValue: () => editor.value, setValue: text => { editor.value = text; },
     });
     passOn(editor);
-    const removed = node.onRemoved;
-    node.onRemoved = function (...told) { closePicker(); return removed?.apply(this, told); };
-    return { widget, minWidth: COMFORTABLE, minHeight: 120 };
+    also(node, "onRemoved", closePicker);
+    also(node, "onConnectionsChange", locked);
+    editor.root.addEventListener("pointerenter", locked);
+    return { widget: copied(widget), minWidth: COMFORTABLE, minHeight: 120 };
 }
 
-/** Rows that are an input of a subgraph: newer interfaces copy the value to the outside, and draw only what they know.
- *
- * There the node asks its `createPromotedHostWidget` for a widget. Where it does not, the interface shares ours. */
+/** The editor on the outside of a subgraph, of rows that `kept.value` holds; what is changed goes to `source`, too. */
+function outside(node, name, source, kept) {
+    const editor = new RowsEditor(text => { widget.value = text; widget.toInside(text); }, fit(node));
+    editor.value = kept.value;
+    const widget = new window.comfyAPI.domWidget.DOMWidgetImpl({
+        node, name, type: TYPE, element: editor.root,
+        options: { ...look(editor), getValue: () => kept.value ?? "[]",
+                   setValue: text => { kept.value = text; editor.value = text; } },
+    });
+    widget.toInside = text => { source.value = text; source.toInside?.(text); };
+    passOn(editor);
+    return copied(widget);
+}
+
+/** Older interfaces copy a widget to the outside of a subgraph: one editor for each outside, and never two. */
+function copied(widget) {
+    const copies = new WeakMap();
+    const copy = node => {
+        if (!copies.has(node)) copies.set(node, outside(node, widget.name, widget, {}));
+        const made = copies.get(node);
+        made.value = widget.value;
+        return made;
+    };
+    if (window.comfyAPI?.domWidget?.DOMWidgetImpl) widget.createCopyForNode = copy;
+    return widget;
+}
+
+/** Newer interfaces copy only the value, and ask the node's `createPromotedHostWidget` for a widget to show it. */
 function showOutside(node) {
     const { DOMWidgetImpl, addWidget } = window.comfyAPI?.domWidget ?? {};
     const own = node.createPromotedHostWidget;
@@ -58,18 +97,21 @@ function showOutside(node) {
     node.createPromotedHostWidget = function (input, id, source) {
         const settled = this.graph?.getNodeById(this.id) === this;
         if (source.type !== TYPE || !settled) return own.call(this, input, id, source);
-        const kept = this._projectPromotedWidget(input);  // it holds the value
-        const editor = new RowsEditor(text => { widget.value = text; }, fit(this));
-        editor.value = kept.value;
-        const widget = new DOMWidgetImpl({
-            node: this, name: input.name, type: TYPE, element: editor.root,
-            options: { ...look(editor), getValue: () => kept.value ?? "[]",
-                       setValue: text => { kept.value = text; editor.value = text; } },
-        });
+        const widget = outside(this, input.name, source, this._projectPromotedWidget(input));
         addWidget({ graph: this.graph, addCustomWidget() {} }, widget);  // to be drawn; the node lists it by itself
-        passOn(editor);
         return widget;
     };
+}
+
+/** After undo, the form of App mode still shows the editor from before: the one that counts now takes its place. */
+function intoForm() {
+    for (const node of (app.rootGraph ?? app.graph)?.nodes ?? []) {
+        for (const widget of node.widgets?.filter(widget => widget.type === TYPE && widget.element) ?? []) {
+            const key = CSS.escape(`${node.graph.id}:${node.id}:${widget.name}`);
+            const place = document.querySelector(`[data-widget-key="${key}"] [data-testid=node-widget] > :last-child`);
+            if (place && !place.contains(widget.element)) place.replaceChildren(widget.element);
+        }
+    }
 }
 
 app.registerExtension({
@@ -79,5 +121,6 @@ app.registerExtension({
         if (definition.name === NODE) definition.input.required.rows[1].widgetType = TYPE;
     },
     nodeCreated: node => { if (node.subgraph) showOutside(node); },
+    afterConfigureGraph: () => setTimeout(intoForm, 100),  // once the interface has put its elements where it wants
     refreshComboInNodes: forget,
 });

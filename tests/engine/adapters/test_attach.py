@@ -453,6 +453,31 @@ def test_a_mask_gives_each_token_its_strength(save: Any) -> None:
     near(layer(x), expected, 1e-12)
 
 
+@pytest.mark.parametrize("mode", ["merge", "side"])
+def test_of_two_that_replace_the_same_numbers_the_later_counts(flux: Flux, save: Any, mode: str) -> None:
+    """As in ComfyUI; their difference from the base does not add up. Merged, one that is switched off does not count;
+    on a norm there is only that way."""
+    norm = "double_blocks.0.img_attn.norm.query_norm.scale"
+    linear = "lora_unet_double_blocks_0_img_attn_proj.set_weight"
+    first, second = ({norm: 1 + r(H), linear: r(H, H)} for _ in range(2))
+    before, ids, out = state(flux), {name: id(one) for name, one in flux.named_parameters()}, run(flux)
+    stack = [Entry(read_lora(save(one, name=f"{i}.safetensors")), 0.5) for i, one in enumerate((first, second))]
+    attachment = attach(flux, stack, mode=mode)
+    attention, x = flux.double_blocks[0].img_attn, r(3, H)
+    near(attention.norm.query_norm.scale, second[norm], 1e-12)
+    near(attention.proj(x), x @ second[linear].T + attention.proj.bias, 1e-12)
+    assert {(where, why) for where, why in attachment.applied[0].skipped} == {
+        (module, "1.safetensors, later in the stack, replaces it too")
+        for module in ("double_blocks.0.img_attn.norm.query_norm", "double_blocks.0.img_attn.proj")}
+    assert not attachment.applied[1].skipped
+    attachment.set_strengths([0.5, 0.0])
+    near(attention.norm.query_norm.scale, first[norm], 1e-12)
+    if mode == "merge":
+        near(attention.proj(x), x @ first[linear].T + attention.proj.bias, 1e-12)
+    attachment.detach()
+    assert_untouched(flux, before, ids, out)
+
+
 def test_control_lora_widens_the_model(flux: Flux, save: Any) -> None:
     """BFL's form: A, B and a bias on B, norms as absolute numbers, `img_in` of twice the channels."""
     tensors = {"img_in.lora_A.weight": r(4, 128), "img_in.lora_B.weight": r(H, 4), "img_in.lora_B.bias": r(H),

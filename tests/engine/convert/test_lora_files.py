@@ -315,20 +315,32 @@ def test_biases_norms_and_more_columns_go_along(save: Save, tmp_path: Path, to: 
         norm = {"kohya": "diffusion_model.double_blocks.0.img_attn.norm.query_norm.scale.set_weight",
                 "peft": "transformer.transformer_blocks.0.attn.norm_q.weight"}[to]
         assert torch.equal(checkpoint[norm].read(), control()["double_blocks.0.img_attn.norm.query_norm.scale"])
-    with pytest.raises(BadInput, match="--base"):
-        written(tmp_path / "half.safetensors", Summand(lora, 0.5))
-    with pytest.raises(BadInput, match="--base"):
-        written(tmp_path / "twice.safetensors", Summand(lora), Summand(lora))
 
 
-def test_norms_of_several_are_added_to_the_base_s(save: Save, tmp_path: Path, flux: Flux) -> None:
-    """Each counts whole at any strength, as in a stack: what replaces a norm is not taken by halves."""
+def test_of_norms_that_are_replaced_twice_the_later_counts(save: Save, tmp_path: Path, flux: Flux) -> None:
+    """As in a stack, and whole at any strength: what replaces a norm is not taken by halves."""
     norm = "double_blocks.0.img_attn.norm.query_norm"
-    lora = read_lora(save({f"{norm}.scale": torch.full((H,), 3.0)}))
-    made = written(tmp_path / "o.safetensors", Summand(lora, 0.5), Summand(lora, 0.25), bases={"transformer": flux})
+    three, five = (read_lora(save({f"{norm}.scale": torch.full((H,), value)}, name=f"{value:g}.safetensors"))
+                   for value in (3.0, 5.0))
+    made = written(tmp_path / "o.safetensors", Summand(three, 0.5), Summand(five, 0.25))
     (adapter,) = read_lora(made.path).adapters
     own = flux.get_submodule(norm).scale.detach().double()
-    assert torch.allclose(adapter.change(own), 2 * (3 - own), rtol=0, atol=1e-6)
+    assert torch.allclose(adapter.change(own), 5 - own, rtol=0, atol=1e-6)
+    assert made.notes == ("3.safetensors: 1 of its vectors are left out, 5.safetensors replaces the same and comes "
+                          "later",)
+
+
+def test_a_norm_that_is_replaced_and_changed_needs_the_base(save: Save, tmp_path: Path, flux: Flux) -> None:
+    norm = "double_blocks.0.img_attn.norm.query_norm"
+    three = read_lora(save({f"{norm}.scale": torch.full((H,), 3.0)}, name="three.safetensors"))
+    more = read_lora(save({f"diffusion_model.{norm}.scale.diff": torch.full((H,), 0.5)}, name="more.safetensors"))
+    stack = Summand(three), Summand(more, 0.5)
+    with pytest.raises(BadInput, match="--base"):
+        written(tmp_path / "no.safetensors", *stack)
+    made = written(tmp_path / "o.safetensors", *stack, bases={"transformer": flux})
+    (adapter,) = read_lora(made.path).adapters
+    own = flux.get_submodule(norm).scale.detach().double()
+    assert torch.allclose(adapter.change(own), 3.25 - own, rtol=0, atol=1e-6)
 
 
 def test_names_of_peft_files_are_diffusers_own(save: Save, tmp_path: Path, lists: Any, sparse: Save) -> None:

@@ -4,27 +4,28 @@ step; without it the one that runs the tests. Without COMFYUI_PATH the tests ski
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import subprocess
+import shutil
 import sys
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
-from comfy_server import Failed, Host, Server, environment
+from alone import Alone, tiny_host
+from comfy_inside import Inside, inside_of
+from comfy_server import Failed, Host, Server
+from family import random_weights
 from flux_kit.cli import session
-from flux_kit.hosts.standalone import io
-from flux_kit.hosts.standalone.executor import Executor
-from flux_kit.hosts.standalone.folders import Folders
-from flux_kit.hosts.standalone.host import StandaloneHost
-from prompts import core, core_loader
+from flux_kit.engine.models.vision import Redux, SiglipVision
+from flux_kit.engine.specs import REDUX, SIGLIP
+from PIL import Image
+from prompts import Prompt, core, core_loader
+from safetensors.torch import save_file
+from torch import Tensor
 
 ROOT = Path(__file__).parents[3]
-INSIDE = Path(__file__).parent / "inside.py"
-INSIDE_TIMEOUT = 900
 
 
 def hosts() -> list[Host]:
@@ -92,47 +93,50 @@ def core_can_load(server: Server) -> bool:
     return True
 
 
-@cache
-def findings(host: Host) -> dict[str, Any]:
-    """What inside.py found in a process of this host, by the name of the check."""
-    done = subprocess.run([host.python, str(INSIDE), str(host.path), str(ROOT)], env=environment(), text=True,
-                          capture_output=True, timeout=INSIDE_TIMEOUT, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    assert done.returncode == 0 and lines, done.stderr[-4000:]
-    found: dict[str, Any] = json.loads(lines[-1])
-    return found
-
-
-@pytest.fixture
-def inside(comfy: Host) -> dict[str, Any]:
-    return findings(comfy)
+@pytest.fixture(scope="session")
+def inside(comfy: Host) -> Inside:
+    return inside_of(comfy)
 
 
 @pytest.fixture(scope="session")
-def standalone(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Runs an API prompt in the standalone host; returns what its SaveLatent nodes were given, by prefix."""
-    host = StandaloneHost(Folders(models=[session.TINY_MODELS], output=tmp_path_factory.mktemp("out")), device="cpu",
-                          dtype="fp32")
+def standalone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Prompt], dict[str, Tensor]]:
+    """The latents of a prompt in the standalone host, by prefix. That host is then the current one."""
+    host = tiny_host(tmp_path_factory.mktemp("out"))
     session.hosts.use(host)
-    kept: dict[str, Any] = {}
+    return Alone(host).latents
 
-    class SaveLatent(io.ComfyNode):
-        @classmethod
-        def define_schema(cls) -> io.Schema:
-            return io.Schema(node_id="SaveLatent", display_name="Save Latent", category="tests", is_output_node=True,
-                             inputs=[io.Latent.Input("samples"), io.String.Input("filename_prefix")], outputs=[])
 
-        @classmethod
-        def execute(cls, samples: Any, filename_prefix: str) -> Any:
-            kept[filename_prefix] = samples["samples"]
-            return io.NodeOutput()
+# -- Redux
 
-    nodes = {**session.node_classes(), "SaveLatent": SaveLatent}
+@pytest.fixture(scope="session")
+def redux_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small vision encoder, a Redux of tiny-flux's width, and pictures."""
+    folder = tmp_path_factory.mktemp("redux")
+    sizes = replace(SIGLIP, hidden_size=128, num_attention_heads=2, intermediate_size=200, num_hidden_layers=2,
+                    image_size=56)
+    models = {"clip_vision/siglip": SiglipVision(sizes),
+              "style_models/redux": Redux(replace(REDUX, redux_dim=128, txt_in_features=64))}
+    for seed, (name, model) in enumerate(models.items(), start=1):
+        path = folder / f"{name}.safetensors"
+        path.parent.mkdir()
+        save_file(random_weights(model, seed), path)
+    (folder / "input").mkdir()
+    draw = np.random.default_rng(3)
+    for name, sides in (("wide.png", (112, 128, 3)), ("small.png", (60, 90, 3))):
+        Image.fromarray(draw.integers(0, 255, sides, dtype=np.uint8)).save(folder / "input" / name)
+    return folder
 
-    def run(prompt: dict[str, Any]) -> dict[str, Any]:
-        kept.clear()
-        session.hosts.use(host)
-        Executor(nodes).run(prompt, {})
-        return dict(kept)
 
-    return run
+@pytest.fixture(scope="session")
+def with_redux(server: Server, redux_files: Path) -> Server:
+    """The server with these files in its folders."""
+    for kind, into in (("clip_vision", "models"), ("style_models", "models"), ("input", "")):
+        shutil.copytree(redux_files / kind, server.base / into / kind, dirs_exist_ok=True)
+    return server
+
+
+@pytest.fixture(scope="session")
+def alone(redux_files: Path) -> Callable[[Prompt], Tensor]:
+    """The latent of a prompt on these files in the standalone host."""
+    runs = Alone(tiny_host(redux_files / "output", redux_files, inputs=[redux_files / "input"]))
+    return lambda prompt: runs.latents(prompt)["latent"]

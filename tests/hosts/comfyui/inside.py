@@ -8,6 +8,7 @@ weights, driven by the host's own code.
 from __future__ import annotations
 
 import asyncio
+import copy
 import dataclasses
 import gc
 import importlib
@@ -18,6 +19,8 @@ import logging
 import sys
 import traceback
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,16 +107,83 @@ def core_patcher(patcher: Any) -> Any:
                                             offload_device=patcher.offload_device)
 
 
-def sampled(patcher: Any, conditioning: Any, **changes: Any) -> torch.Tensor:
+def empty() -> dict[str, Any]:
+    return {"samples": torch.zeros(1, 16, 12, 16)}
+
+
+def sampled(patcher: Any, positive: Any, negative: Any = None, latent: Any = None, **changes: Any) -> torch.Tensor:
+    """By core's KSampler. `negative`: `positive` if None; `latent`: an empty one, which is left as it was."""
     settings = {"seed": 3, "steps": 3, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", **changes}
     out: torch.Tensor = core_nodes.common_ksampler(
-        patcher, positive=conditioning, negative=conditioning, latent={"samples": torch.zeros(1, 16, 12, 16)},
-        **settings)[0]["samples"]
+        patcher, positive=positive, negative=positive if negative is None else negative,
+        latent=copy.deepcopy(latent) or empty(), **settings)[0]["samples"]
+    return out
+
+
+def our_sampler(patcher: Any, positive: Any, negative: Any = None, latent: Any = None, **changes: Any) -> torch.Tensor:
+    """The same by ours."""
+    settings = {"seed": 3, "steps": 3, "solver": "euler", "schedule": "simple", **changes}
+    made = HOST.sample(patcher, positive, negative, copy.deepcopy(latent) or empty(), **settings)
+    out: torch.Tensor = made["samples"]
     return out
 
 
 def conditioning() -> Any:
     return HOST.encode_prompt(HOST.load_text_encoders(ENCODERS), "a red circle", guidance=3.5)
+
+
+def pass_inputs() -> dict[str, Any]:
+    """Of the host's `apply_model`."""
+    (cond, values), = conditioning()
+    return {"x": random(1, 16, 12, 16), "t": torch.tensor([0.8]), "c_crossattn": cond, "y": values["pooled_output"],
+            "guidance": torch.tensor([3.5])}
+
+
+# -- loading
+
+@contextmanager
+def loaded(patcher: Any, share: float | None = None) -> Iterator[int]:
+    """The model with at most this share of its bytes loaded, the rest brought along layer by layer; None: with all.
+    Gives the bytes that the host counts as loaded."""
+    budget = {"full_load": True} if share is None else {"lowvram_model_memory": int(patcher.model_size() * share)}
+    patcher.patch_model(device_to=None, load_weights=False)
+    patcher.load(patcher.load_device, **budget)
+    yield patcher.model.model_loaded_weight_memory
+    patcher.unpatch_model(patcher.offload_device)
+
+
+def in_part_and_whole(patcher: Any, run: Any) -> tuple[list[Any], float]:
+    """What `run()` gives with a third of the model loaded and with all, and what share was loaded the first time."""
+    with loaded(patcher, 1 / 3) as some:
+        part = run()
+    with loaded(patcher) as everything:
+        return [part, run()], some / everything
+
+
+def held(patcher: Any) -> int:
+    """Bytes of the weights."""
+    return sum(p.numel() * p.element_size() for p in patcher.model.parameters())
+
+
+def mapped(patcher: Any) -> int:
+    """How many weights lie on a mapped file."""
+    return sum(not p.untyped_storage().resizable() for p in patcher.model.parameters())
+
+
+def loaded_anew(patcher: Any) -> dict[str, Any]:
+    """By what the host keeps for that."""
+    factory, arguments = patcher.cached_patcher_init[:2]
+    again = factory(*arguments, disable_dynamic=True)
+    pairs = zip(patcher.model.state_dict().values(), again.model.state_dict().values(), strict=True)
+    return {"same": all(torch.equal(a, b) for a, b in pairs), "apart": again.model is not patcher.model,
+            "kind": type(again).__name__}
+
+
+def freed(models: dict[str, Any]) -> dict[str, bool]:
+    """Which of these weakly held models are gone once the host has unloaded all."""
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    return {name: model() is None for name, model in models.items()}
 
 
 # -- one pass of the network
@@ -275,26 +345,15 @@ def lora() -> Any:
 @check
 def partial_load() -> Any:
     """A third of the weights loaded, the rest brought along layer by layer, against all loaded."""
-    prompt = conditioning()
-    (cond, values), = prompt
-    inputs = {"c_crossattn": cond, "y": values["pooled_output"], "guidance": torch.tensor([3.5])}
-    x, sigma = random(1, 16, 12, 16), torch.tensor([0.8])
-    ours, found = HOST.load_model(MODEL), {}
+    inputs, ours, found = pass_inputs(), HOST.load_model(MODEL), {}
     base = None
     for name, weights in {"no lora": None, **loras()}.items():
         if name == "bfl control":
             continue
         patcher = ours.clone() if weights is None else patched(ours, weights)
-        outs, loaded = [], []
-        for budget in ({"lowvram_model_memory": patcher.model_size() // 3}, {"full_load": True}):
-            patcher.patch_model(device_to=None, load_weights=False)
-            patcher.load(patcher.load_device, **budget)
-            loaded.append(patcher.model.model_loaded_weight_memory)
-            outs.append(patcher.model.apply_model(x, sigma, **inputs))
-            patcher.unpatch_model(patcher.offload_device)
-        base = outs[1] if base is None else base
-        found[name] = {"off": relative(outs[0], outs[1]), "share": loaded[0] / loaded[1],
-                       "changed": relative(outs[0], base)}
+        (part, whole), share = in_part_and_whole(patcher, lambda model=patcher.model: model.apply_model(**inputs))
+        base = whole if base is None else base
+        found[name] = {"off": relative(part, whole), "share": share, "changed": relative(part, base)}
     return found
 
 
@@ -315,15 +374,16 @@ def text_lora() -> Any:
             "base": relative(after, before)}
 
 
+def patchers() -> dict[str, Any]:
+    """Of a model, text encoders and an autoencoder."""
+    return {"model": HOST.load_model(MODEL), "clip": HOST.load_text_encoders(ENCODERS).patcher,
+            "vae": HOST.load_vae(TINY / "vae" / "tiny-ae.safetensors").patcher}
+
+
 @check
 def estimates() -> Any:
     """What the host believes the weights take, and what they take."""
-    found = {}
-    for name, patcher in {"model": HOST.load_model(MODEL), "clip": HOST.load_text_encoders(ENCODERS).patcher,
-                          "vae": HOST.load_vae(TINY / "vae" / "tiny-ae.safetensors").patcher}.items():
-        held = sum(p.numel() * p.element_size() for p in patcher.model.parameters())
-        found[name] = {"told": patcher.model_size(), "held": held}
-    return found
+    return {name: {"told": patcher.model_size(), "held": held(patcher)} for name, patcher in patchers().items()}
 
 
 @check
@@ -362,7 +422,7 @@ def progress() -> Any:
         told.append([value, total, None if preview is None else list(preview[1].size)])
 
     comfy.utils.set_progress_bar_global_hook(hook)
-    HOST.sample(HOST.load_model(MODEL), conditioning(), None, {"samples": torch.zeros(1, 16, 12, 16)}, seed=1, steps=3)
+    our_sampler(HOST.load_model(MODEL), conditioning())
     comfy.utils.set_progress_bar_global_hook(None)
     comfy.cli_args.args.preview_method = comfy.cli_args.LatentPreviewMethod.NoPreviews
     return {"told": told}
@@ -371,29 +431,16 @@ def progress() -> Any:
 @check
 def lifetime() -> Any:
     """Nothing is left of models that nobody holds, nothing lies on a mapped file, and the host can load them anew."""
-    patchers = {"model": HOST.load_model(MODEL), "clip": HOST.load_text_encoders(ENCODERS).patcher,
-                "vae": HOST.load_vae(TINY / "vae" / "tiny-ae.safetensors").patcher}
-    found: dict[str, Any] = {}
-    gone = {}
-    for name, patcher in patchers.items():
-        factory, arguments = patcher.cached_patcher_init[:2]
-        again = factory(*arguments, disable_dynamic=True)
-        pairs = zip(patcher.model.state_dict().values(), again.model.state_dict().values(), strict=True)
-        found[name] = {"same": all(torch.equal(a, b) for a, b in pairs), "apart": again.model is not patcher.model,
-                       "mapped": sum(not p.untyped_storage().resizable() for p in patcher.model.parameters())}
-        asked = inspect.signature(patcher.clone).parameters
-        if "force_deepcopy" in asked:
-            copy = patcher.clone(force_deepcopy=True)
-            found[name]["deep copy apart"] = copy.model is not patcher.model
+    made, found, gone = patchers(), {}, {}
+    for name, patcher in made.items():
+        found[name] = {**loaded_anew(patcher), "mapped": mapped(patcher)}
+        if "force_deepcopy" in inspect.signature(patcher.clone).parameters:
+            found[name]["deep copy apart"] = patcher.clone(force_deepcopy=True).model is not patcher.model
         gone[name] = weakref.ref(patcher.model)
         comfy.model_management.load_models_gpu([patcher])
-        patcher = again = copy = pairs = None
-    patchers.clear()
-    comfy.model_management.unload_all_models()
-    gc.collect()
-    for name, reference in gone.items():
-        found[name]["freed"] = reference() is None
-    return found
+    patcher = None
+    made.clear()
+    return {name: {**found[name], "freed": one} for name, one in freed(gone).items()}
 
 
 def main() -> None:

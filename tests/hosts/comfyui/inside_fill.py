@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import tempfile
 from pathlib import Path
@@ -22,11 +21,13 @@ from inside import (
     conditioning,
     core_patcher,
     loras,
+    our_sampler,
     patched,
     random,
     relative,
+    sampled,
 )
-from inside_variants import VAE, by_core, of, random_file
+from inside_variants import VAE, of, random_file
 from safetensors.torch import save_file
 
 NODES = {node.__name__: node for node in sys.modules[NAME + ".nodes"].NODES}
@@ -55,13 +56,13 @@ def fill_node() -> Any:
     path = Path(tempfile.mkdtemp()) / "fill.safetensors"
     save_file({"picture": values["concat_latent_image"].contiguous(), "mask": values["concat_mask"].contiguous(),
                "latent": latent["samples"].contiguous(), "channels": channels.contiguous()}, path)
-    theirs = by_core(twin, positive, negative, copy.deepcopy(latent))
-    mine = HOST.sample(ours, positive, None, latent, seed=3, steps=3, solver="euler", schedule="simple")
-    decoded = of(NODES["FluxKitDecode"].execute(mine, vae))[0]
+    theirs = sampled(twin, positive, negative, latent)
+    mine = our_sampler(ours, positive, None, latent)
+    decoded = of(NODES["FluxKitDecode"].execute({**latent, "samples": mine}, vae))[0]
     pasted = of(NODES["FluxKitRegionPaste"].execute(picture, vae.decode(theirs), 0.0, True, blend=mask))[0]
     return {"path": str(path), "guidance": values["guidance"], "report": report, "keys": sorted(latent),
-            "off": relative(by_core(ours, positive, negative, copy.deepcopy(latent)), theirs),
-            "our sampler": relative(mine["samples"], theirs), "decoded": list(decoded.shape),
+            "off": relative(sampled(ours, positive, negative, latent), theirs),
+            "our sampler": relative(mine, theirs), "decoded": list(decoded.shape),
             "pasted": list(pasted.shape), "kept": torch.equal(pasted[mask == 0], picture[mask == 0]),
             "changed": relative(pasted, picture)}
 
@@ -85,8 +86,7 @@ def img_in_widths() -> Any:
                for variant, width in (("fill", 384), ("control", 128))}}.items():
         found[name] = HOST.img_in_width(model)
     loaded = patched(twin, weights)
-    by_core(loaded, *[[[cond, {**more, "concat_latent_image": random(1, 16, 12, 16)}] for cond, more in conditioning()]
-                      for _ in range(2)], {"samples": torch.zeros(1, 16, 12, 16)})
+    sampled(loaded, [[cond, {**more, "concat_latent_image": random(1, 16, 12, 16)}] for cond, more in conditioning()])
     found["core's dev, its sister loaded"] = HOST.img_in_width(twin)
     try:
         HOST.img_in_width(SimpleNamespace(model=SimpleNamespace()))

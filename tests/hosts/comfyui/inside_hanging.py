@@ -15,7 +15,21 @@ import comfy.lora
 import comfy.model_management
 import comfy.weight_adapter as host
 import torch
-from inside import ENGINE, HOST, MODEL, NAME, D, check, conditioning, low_rank, patched, random, relative, sampled
+from inside import (
+    ENGINE,
+    HOST,
+    MODEL,
+    NAME,
+    D,
+    check,
+    conditioning,
+    loaded,
+    low_rank,
+    patched,
+    random,
+    relative,
+    sampled,
+)
 
 HANGING = sys.modules[NAME + ".hosts.comfyui.hanging"]
 PACKED = sys.modules[NAME + ".hosts.comfyui.packed"]
@@ -169,24 +183,18 @@ def hanging_memory() -> Any:
     found: dict[str, Any] = {"numbers": numbers / bare, "more": (patcher.model_size() - bare) / numbers}
     again = patcher.clone()
     found["clone"], found["base"] = again.model_size() / patcher.model_size(), model.model_size() / bare
-    hold = sum(parameter.nbytes for parameter in model.model.parameters())
     for share in (0.5, 0.9):
         budget = int(patcher.model_size() * share)
-        patcher.patch_model(device_to=None, load_weights=False)
-        patcher.load(patcher.load_device, lowvram_model_memory=budget)
-        layers = PACKED.packed_layers(model.model).values()
-        beside = sum(HANGING.nbytes(side) for each in layers for side in each.beside)
-        there = [module for module in model.model.modules() if getattr(module, "comfy_patched_weights", False)]
-        loaded = sum(parameter.nbytes for module in there for parameter in module.parameters(recurse=False))
-        found[f"loaded {share}"] = {"taken": (loaded + beside) / budget, "told": patcher.loaded_size() / budget,
-                                    "beside": beside / numbers}
-        patcher.unpatch_model(patcher.offload_device)
-        found[f"loaded {share}"]["after"] = patcher.loaded_size()
-    patcher.patch_model(device_to=None, load_weights=False)
-    patcher.load(patcher.load_device, full_load=True)
-    found["full"] = patcher.loaded_size() / patcher.model_size()
-    patcher.unpatch_model(patcher.offload_device)
-    found["hold"] = hold / bare
+        with loaded(patcher, share):
+            layers = PACKED.packed_layers(model.model).values()
+            beside = sum(HANGING.nbytes(side) for each in layers for side in each.beside)
+            there = [module for module in model.model.modules() if getattr(module, "comfy_patched_weights", False)]
+            taken = sum(parameter.nbytes for module in there for parameter in module.parameters(recurse=False))
+            case = {"taken": (taken + beside) / budget, "told": patcher.loaded_size() / budget,
+                    "beside": beside / numbers}
+        found[f"loaded {share}"] = {**case, "after": patcher.loaded_size()}
+    with loaded(patcher):
+        found["full"] = patcher.loaded_size() / patcher.model_size()
     return found
 
 

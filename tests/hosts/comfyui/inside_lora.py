@@ -16,7 +16,20 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
-from inside import ENCODERS, ENGINE, ERRORS, HOST, MODEL, check, conditioning, core_patcher, relative, sampled
+from inside import (
+    ENCODERS,
+    ENGINE,
+    ERRORS,
+    HOST,
+    MODEL,
+    check,
+    conditioning,
+    core_patcher,
+    in_part_and_whole,
+    pass_inputs,
+    relative,
+    sampled,
+)
 
 FOLDER = Path(os.environ.get("FLUX_KIT_LORAS", "/nowhere"))
 FILES = sorted(path.stem for path in (FOLDER / "loras").glob("*.safetensors"))
@@ -83,20 +96,12 @@ def lora_partial_load() -> Any:
     """A third of the weights loaded, against all of them."""
     if not FILES:
         return {}
-    (cond, values), = conditioning()
-    inputs = {"c_crossattn": cond, "y": values["pooled_output"], "guidance": torch.tensor([3.5])}
-    x, sigma = torch.randn(1, 16, 12, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([0.8])
-    found: dict[str, Any] = {}
+    inputs, found = pass_inputs(), {}
     for kind, model in models().items():
         for name in ("kohya", "lokr"):
-            patcher, outs, loaded = ours(model, name), [], []
-            for budget in ({"lowvram_model_memory": patcher.model_size() // 3}, {"full_load": True}):
-                patcher.patch_model(device_to=None, load_weights=False)
-                patcher.load(patcher.load_device, **budget)
-                loaded.append(patcher.model.model_loaded_weight_memory)
-                outs.append(patcher.model.apply_model(x, sigma, **inputs))
-                patcher.unpatch_model(patcher.offload_device)
-            found[f"{name} on {kind}"] = {"off": relative(outs[0], outs[1]), "share": loaded[0] / loaded[1]}
+            made = ours(model, name)
+            outs, share = in_part_and_whole(made, lambda model=made.model: model.apply_model(**inputs))
+            found[f"{name} on {kind}"] = {"off": relative(*outs), "share": share}
     return found
 
 

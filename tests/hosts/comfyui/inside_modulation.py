@@ -16,6 +16,7 @@ import comfy.hooks
 import comfy.model_management
 import comfy.patcher_extension
 import torch
+from comfy.model_patcher import LowVramPatch
 from inside import (
     ENGINE,
     HOST,
@@ -24,11 +25,12 @@ from inside import (
     D,
     check,
     conditioning,
-    core_nodes,
+    loaded,
     low_rank,
     patched,
     random,
     relative,
+    sampled,
 )
 from inside_accidents import classic_forward
 
@@ -36,6 +38,7 @@ TABLE = sys.modules[NAME + ".hosts.comfyui.modulation"].HostTable
 CARRIED = sys.modules[NAME + ".hosts.comfyui.modulation"].carried
 MODULES = sys.modules[ENGINE + ".models.modulation"].modulation_modules
 DIT = "diffusion_model."
+RUNS = {"loaded": 2, "streamed": 4}  # some hosts load a part more for each run
 
 
 def table_of(patcher: Any) -> Any:
@@ -48,28 +51,21 @@ def without() -> Iterator[None]:
         yield
 
 
-def run(patcher: Any, prompt: Any, negative: Any = None, **changes: Any) -> torch.Tensor:
-    settings = {"seed": 3, "steps": 3, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", **changes}
-    out: torch.Tensor = core_nodes.common_ksampler(
-        patcher, positive=prompt, negative=prompt if negative is None else negative,
-        latent={"samples": torch.zeros(1, 16, 12, 16)}, **settings)[0]["samples"]
-    return out
-
-
-def against(patcher: Any, prompt: Any, **settings: Any) -> dict[str, Any]:
-    """Twice with the table, once without, and what the table did the first and the second time."""
+def against(patcher: Any, prompt: Any, runs: int = 2, **settings: Any) -> dict[str, Any]:
+    """Some runs with the table and one without. Of each: how many entries were computed and how many found, and on how
+    many of its layers the host's patches hung meanwhile, in place of being in the weights."""
     table = table_of(patcher)
     table.clear()
-    counts = []
-    outs = []
-    for _ in range(2):
+    outs, did, hung = [], [], []
+    for _ in range(runs):
         before = table.computed, table.found
-        outs.append(run(patcher, prompt, **settings))
-        counts.append((table.computed - before[0], table.found - before[1]))
+        outs.append(sampled(patcher, prompt, **settings))
+        did.append((table.computed - before[0], table.found - before[1]))
+        hung.append(sum(any(isinstance(each, LowVramPatch) for each in getattr(layer, "weight_function", ()))
+                        for _, layer in MODULES(patcher.model.diffusion_model)))
     with without():
-        plain = run(patcher, prompt, **settings)
-    return {"equal": all(torch.equal(out, plain) for out in outs), "first": counts[0], "second": counts[1],
-            "out": plain}
+        plain = sampled(patcher, prompt, **settings)
+    return {"equal": all(torch.equal(out, plain) for out in outs), "did": did, "hung": hung, "out": plain}
 
 
 def told(found: dict[str, Any], base: torch.Tensor) -> dict[str, Any]:
@@ -139,20 +135,20 @@ def modulation_weights() -> Any:
     prompt = conditioning()
     for kind, path in files().items():
         ours = HOST.load_model(path)
-        base = run(ours, prompt)
+        base = sampled(ours, prompt)
         wrapped = ours.clone()
         wrapped.add_weight_wrapper(f"{DIT}double_blocks.0.img_mod.lin.weight", lambda weight: weight * 1.5)
         cases = {"none": ours, "wrapper": wrapped, **{name: patched(ours, weights) for name, weights in (
             ("lora", on_modulations()), ("lora on embedder", on_embedder()), ("lora elsewhere", elsewhere()))},
             "side path": our_way(ours, {**on_modulations(), **on_embedder()}),
             "side path that changes": our_way(ours, on_modulations(), end=0.5)}
-        for memory in ("loaded", "streamed"):
+        for memory in RUNS:
             for name, patcher in cases.items():
                 with streamed(patcher) if memory == "streamed" else nullcontext():
-                    found[f"{kind} {memory} {name}"] = told(against(patcher, prompt), base)
+                    found[f"{kind} {memory} {name}"] = told(against(patcher, prompt, RUNS[memory]), base)
             with without():
-                again = run(ours, prompt)
-            found[f"{kind} {memory} afterwards"] = {"equal": torch.equal(run(ours, prompt), again)
+                again = sampled(ours, prompt)
+            found[f"{kind} {memory} afterwards"] = {"equal": torch.equal(sampled(ours, prompt), again)
                                                     and torch.equal(again, base), "changed": 0.0}
         hooks = comfy.hooks.create_hook_lora(on_modulations(), 0.7, 0.0)
         frames = comfy.hooks.HookKeyframeGroup()
@@ -174,7 +170,7 @@ def modulation_calls() -> Any:
     other = [[random(*prompt[0][0].shape), {**prompt[0][1], "guidance": 1.0,
                                             "pooled_output": random(*prompt[0][1]["pooled_output"].shape)}]]
     network = ours.model.diffusion_model
-    base = run(ours, prompt)
+    base = sampled(ours, prompt)
     found["plain"] = told(against(ours, prompt), base)
     found["another seed"] = told(against(ours, prompt, seed=4), base)
     found["heun"] = told(against(ours, prompt, sampler_name="heun"), base)
@@ -253,30 +249,23 @@ def modulation_memory() -> Any:
         patcher = HOST.load_model(path)
         replaced = {f"{DIT}{name}" for name, _ in MODULES(patcher.model.diffusion_model)}
         size = patcher.model_size()
-        held = {name: sum(p.nbytes for p in module.parameters(recurse=False))
-                for name, module in patcher.model.named_modules()}
-        modulating = sum(held[name] for name in replaced)
+        sizes = {name: sum(p.nbytes for p in module.parameters(recurse=False))
+                 for name, module in patcher.model.named_modules()}
+        modulating = sum(sizes[name] for name in replaced)
         for share in (0.3, 0.6, 0.9):
-            patcher.patch_model(device_to=None, load_weights=False)
-            patcher.load(patcher.load_device, lowvram_model_memory=int(size * share))
-            away = {name for name, module in patcher.model.named_modules()
-                    if held[name] and hasattr(module, "comfy_cast_weights")
-                    and not getattr(module, "comfy_patched_weights", False)}
-            found[f"{kind} {share}"] = {
-                "loaded": patcher.model.model_loaded_weight_memory / size, "modulating": modulating / size,
-                "modulations away": sum(held[name] for name in away & replaced) / modulating,
-                "others away": sum(held[name] for name in away - replaced) / size}
-            freed = None
-            if share == 0.9:
+            with loaded(patcher, share) as taken:
+                away = {name for name, module in patcher.model.named_modules()
+                        if sizes[name] and hasattr(module, "comfy_cast_weights")
+                        and not getattr(module, "comfy_patched_weights", False)}
                 freed = patcher.partially_unload(patcher.offload_device, int(size * 0.05))
-            found[f"{kind} {share}"]["freed"] = None if freed is None else freed / size
-            patcher.unpatch_model(patcher.offload_device)
-        patcher.patch_model(device_to=None, load_weights=False)
-        patcher.load(patcher.load_device, full_load=True)
-        freed = patcher.partially_unload(patcher.offload_device, int(modulating * 0.5))
-        given = {name for name, module in patcher.model.named_modules()
-                 if held[name] and getattr(module, "comfy_patched_weights", None) is False}
+            found[f"{kind} {share}"] = {
+                "loaded": taken / size, "modulating": modulating / size, "freed": freed / size,
+                "modulations away": sum(sizes[name] for name in away & replaced) / modulating,
+                "others away": sum(sizes[name] for name in away - replaced) / size}
+        with loaded(patcher):
+            freed = patcher.partially_unload(patcher.offload_device, int(modulating * 0.5))
+            given = {name for name, module in patcher.model.named_modules()
+                     if sizes[name] and getattr(module, "comfy_patched_weights", None) is False}
         found[f"{kind} given back"] = {"freed": freed / size, "modulating": modulating / size,
                                        "others": sorted(given - replaced), "count": len(given)}
-        patcher.unpatch_model(patcher.offload_device)
     return found

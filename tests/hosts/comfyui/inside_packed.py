@@ -3,7 +3,6 @@ without it. Oracle: the same weights as gguf-py or torch read them, in fp32, in 
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import sys
@@ -28,8 +27,16 @@ from inside import (
     check,
     conditioning,
     core_patcher,
+    freed,
+    held,
+    in_part_and_whole,
+    loaded,
+    loaded_anew,
     loras,
     low_rank,
+    mapped,
+    our_sampler,
+    pass_inputs,
     patched,
     random,
     relative,
@@ -70,12 +77,6 @@ def all_loras(control: bool = False) -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
-def our_sampler(patcher: Any, prompt: Any) -> torch.Tensor:
-    out: torch.Tensor = HOST.sample(patcher, prompt, None, {"samples": torch.zeros(1, 16, 12, 16)}, seed=3, steps=3,
-                                    solver="euler", schedule="simple")["samples"]
-    return out
-
-
 @check
 def packed_models() -> Any:
     """Each file against its weights in plain layers; latents are left for the standalone host to compare with."""
@@ -88,18 +89,17 @@ def packed_models() -> Any:
         twin = core_patcher(HOST.load_model(dense_of(path)))
         mine = our_sampler(patcher, prompt)
         save_file({"samples": mine}, OUT / f"{path.name}.latents")
-        held = sum(p.nbytes for p in patcher.model.parameters())
         weights = {name: (layer.weight, layer.shape[0] * layer.shape[1]) for name, layer in layers.items()}
         found[path.name] = {
             "kinds": sorted({layer.format.name for layer in layers.values()}), "layers": len(layers),
             "uint8": all(weight.dtype == torch.uint8 for weight, _ in weights.values()),
             "cast": all(layer.comfy_cast_weights for layer in layers.values()),
             "bytes per weight": sum(w.nbytes for w, _ in weights.values()) / sum(n for _, n in weights.values()),
-            "told": patcher.model_size() - held, "dtype": [str(patcher.model.get_dtype()),
+            "told": patcher.model_size() - held(patcher), "dtype": [str(patcher.model.get_dtype()),
                                                            str(patcher.model.manual_cast_dtype)],
             "scratch": patcher.model.memory_required([1, 16, 12, 16]) - twin.model.memory_required([1, 16, 12, 16]),
             "largest": max(n for _, n in weights.values()) * 4,
-            "mapped": sum(not p.untyped_storage().resizable() for p in patcher.model.parameters()),
+            "mapped": mapped(patcher),
             "off": relative(mine, our_sampler(twin, prompt)),
             "ksampler": relative(sampled(patcher, prompt), sampled(twin, prompt)), **in_half(path, prompt, mine)}
     return found
@@ -148,27 +148,21 @@ def packed_partial_load() -> Any:
     """A third loaded, then all, then all but half taken back, against each other bit for bit."""
     if not FILES:
         return {}
-    (cond, values), = conditioning()
-    inputs = {"c_crossattn": cond, "y": values["pooled_output"], "guidance": torch.tensor([3.5])}
-    x, sigma = random(1, 16, 12, 16), torch.tensor([0.8])
+    inputs = pass_inputs()
     found: dict[str, Any] = {}
     for path in FILES:
         ours = HOST.load_model(path)
         for name, weights in {"no lora": None, **all_loras()}.items():
             patcher = ours.clone() if weights is None else patched(ours, weights)
-            outs, loaded = [], []
-            for budget in ({"lowvram_model_memory": patcher.model_size() // 3}, {"full_load": True}):
-                patcher.patch_model(device_to=None, load_weights=False)
-                patcher.load(patcher.load_device, **budget)
-                loaded.append(patcher.model.model_loaded_weight_memory)
-                outs.append(patcher.model.apply_model(x, sigma, **inputs))
-                if "full_load" in budget:
-                    freed = patcher.partially_unload(patcher.offload_device, patcher.model_size() // 2)
-                    outs.append(patcher.model.apply_model(x, sigma, **inputs))
-                patcher.unpatch_model(patcher.offload_device)
+            with loaded(patcher, 1 / 3) as some:
+                part = patcher.model.apply_model(**inputs)
+            with loaded(patcher) as everything:
+                whole = patcher.model.apply_model(**inputs)
+                taken = patcher.partially_unload(patcher.offload_device, patcher.model_size() // 2)
+                back = patcher.model.apply_model(**inputs)
             found[f"{path.name} {name}"] = {
-                "streamed": bool(torch.equal(outs[0], outs[1])), "taken back": bool(torch.equal(outs[2], outs[1])),
-                "share": loaded[0] / loaded[1], "freed": freed / loaded[1], "after": patcher.loaded_size(),
+                "streamed": bool(torch.equal(part, whole)), "taken back": bool(torch.equal(back, whole)),
+                "share": some / everything, "freed": taken / everything, "after": patcher.loaded_size(),
                 "left": sum(len(layer.beside) + len(layer.entries) + len(layer.weight_function)
                             for layer in packed_layers(ours.model).values())}
     return found
@@ -295,15 +289,10 @@ def packed_text() -> Any:
     found["base"] = [relative(a, b) for a, b in zip(told(clip), base, strict=True)]
     comfy.model_management.unload_all_models()
     found["kinds"] = [type(lora.patcher).__name__, type(lora.clone()).__name__, type(clip.patcher).__name__]
-    pair, outs = clip.cond_stage_model, []
-    for patcher in (clip.patcher, lora.patcher):
-        for budget in ({"lowvram_model_memory": patcher.model_size() // 3}, {"full_load": True}):
-            patcher.patch_model(device_to=None, load_weights=False)
-            patcher.load(patcher.load_device, **budget)
-            outs.append(pair.encode_token_weights(clip.tokenize("a red circle"))[0])
-            patcher.unpatch_model(patcher.offload_device)
-    found["streamed"] = [bool(torch.equal(outs[0], outs[1])), bool(torch.equal(outs[2], outs[3])),
-                         not torch.equal(outs[1], outs[3])]
+    plain_outs, lora_outs = (in_part_and_whole(patcher, lambda: clip.cond_stage_model.encode_token_weights(
+        clip.tokenize("a red circle"))[0])[0] for patcher in (clip.patcher, lora.patcher))
+    found["streamed"] = [bool(torch.equal(*plain_outs)), bool(torch.equal(*lora_outs)),
+                         not torch.equal(plain_outs[1], lora_outs[1])]
     folder_paths.set_output_directory(str(OUT))
     CLIPSave().save(lora, "text")
     saved = [next(OUT.glob(f"text_{part}_*")).rename(OUT / f"{role}.safetensors")
@@ -318,19 +307,14 @@ def packed_text() -> Any:
 @check
 def packed_lifetime() -> Any:
     """Nothing is left of a model nobody holds; the host can load it anew."""
-    found = {}
-    for path in FILES[:1]:
-        patcher = HOST.load_model(path)
-        factory, arguments = patcher.cached_patcher_init[:2]
-        patcher = patched(patcher, all_loras()["kohya"])
-        again = factory(*arguments, disable_dynamic=True)
-        pairs = zip(patcher.model.state_dict().values(), again.model.state_dict().values(), strict=True)
-        found["again"] = [all(torch.equal(a, b) for a, b in pairs), type(again).__name__, type(patcher).__name__]
-        comfy.model_management.load_models_gpu([patcher])
-        found["loaded"] = patcher.loaded_size() >= patcher.model_size()
-        gone = weakref.ref(patcher.model)
-        patcher = again = pairs = None
-        comfy.model_management.unload_all_models()
-        gc.collect()
-        found["freed"] = gone() is None
-    return found
+    if not FILES:
+        return {}
+    patcher = HOST.load_model(FILES[0])
+    again = loaded_anew(patcher)
+    patcher = patched(patcher, all_loras()["kohya"])
+    comfy.model_management.load_models_gpu([patcher])
+    found = {"again": [again["same"], again["kind"], type(patcher).__name__],
+             "loaded": patcher.loaded_size() >= patcher.model_size()}
+    gone = {"freed": weakref.ref(patcher.model)}
+    patcher = None
+    return {**found, **freed(gone)}

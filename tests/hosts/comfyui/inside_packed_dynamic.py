@@ -19,7 +19,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import torch
-from inside import HOST, NAME, OURS, check, conditioning, patched, random, relative
+from inside import HOST, NAME, OURS, check, pass_inputs, patched, relative
 from inside_accidents import message
 from inside_packed import FILES, all_loras, dense_of, packed_layers
 
@@ -156,9 +156,7 @@ def patcher_names(model: Any) -> list[str]:
 def packed_dynamic() -> Any:
     if not FILES or not hasattr(comfy.model_patcher, "ModelPatcherDynamic"):
         return {}
-    (cond, values), = conditioning()
-    inputs = {"x": random(1, 16, 12, 16), "t": torch.tensor([0.8]), "c_crossattn": cond,
-              "y": values["pooled_output"], "guidance": torch.tensor([3.5])}
+    inputs = pass_inputs()
     found: dict[str, Any] = {"unasked": {"kind": type(HOST.load_model(FILES[0])).__name__}}
     with mock.patch.dict(os.environ, {"FLUX_KIT_DYNAMIC_VRAM": "1"}):
         found["unasked"]["on a cpu"] = type(HOST.load_model(FILES[0])).__name__

@@ -17,12 +17,11 @@ import comfy_extras.nodes_ip2p
 import comfy_extras.nodes_mask
 import comfy_extras.nodes_post_processing
 import torch
-from inside import HOST, MODEL, NAME, TINY, check, conditioning, core_patcher, random, relative
-from inside_variants import VAE, by_core, random_file
+from inside import HOST, MODEL, NAME, TINY, check, conditioning, core_patcher, our_sampler, random, relative, sampled
+from inside_variants import VAE, random_file
 
 import nodes as core_nodes
 
-LATENT = {"samples": torch.zeros(1, 16, 12, 16)}
 GRID = (6, 8)
 
 
@@ -49,16 +48,16 @@ def references() -> Any:
     """By every method, with other references in the negative prompt."""
     ours, prompt = HOST.load_model(MODEL), conditioning()
     twin, first, second = core_patcher(ours), random(1, 16, 12, 8), random(1, 16, 8, 16)
-    plain, found = by_core(twin, prompt, prompt, copy.deepcopy(LATENT)), {}
+    plain, found = sampled(twin, prompt), {}
     for method in ("offset", "index", "uxo"):
         one = carrying(prompt, reference_latents=[first, second], reference_latents_method=method)
         other = carrying(prompt, reference_latents=[second])
         for cfg in (1.0, 2.0):
-            mine, theirs = (by_core(each, one, other, copy.deepcopy(LATENT), cfg) for each in (ours, twin))
-            sampler = HOST.sample(ours, one, other, copy.deepcopy(LATENT), seed=3, steps=3, cfg=cfg, solver="euler",
-                                  schedule="simple")["samples"]
-            found[f"{method}, cfg {cfg:g}"] = {"off": relative(mine, theirs), "our sampler": relative(sampler, theirs),
-                                               "changed": relative(theirs, plain)}
+            theirs = sampled(twin, one, other, cfg=cfg)
+            found[f"{method}, cfg {cfg:g}"] = {
+                "off": relative(sampled(ours, one, other, cfg=cfg), theirs),
+                "our sampler": relative(our_sampler(ours, one, other, cfg=cfg), theirs),
+                "changed": relative(theirs, plain)}
     return found
 
 
@@ -68,17 +67,14 @@ def masks_with_references() -> Any:
     ours, reference = HOST.load_model(MODEL), random(1, 16, 12, 16)
     twin, prompt, found = core_patcher(ours), longer(conditioning(), 5), {}
     kept = carrying(prompt, reference_latents=[reference])
-    plain = by_core(twin, kept, kept, copy.deepcopy(LATENT))
+    plain = sampled(twin, kept)
     tokens = math.prod(GRID)
     for name, value, grid in (("any size", -0.7, (1, 1)), ("own size", -0.7, GRID), ("hidden", -60.0, (1, 1))):
         short = carrying(kept, attention_mask=bias(prompt, 5, math.prod(grid), value), attention_mask_img_shape=grid)
         whole = carrying(kept, attention_mask=bias(prompt, 5, 2 * tokens, value), attention_mask_img_shape=GRID)
-        theirs = by_core(twin, whole, whole, copy.deepcopy(LATENT))
-        found[name] = {
-            "off": relative(by_core(ours, short, short, copy.deepcopy(LATENT)), theirs),
-            "whole": relative(by_core(ours, whole, whole, copy.deepcopy(LATENT)), theirs),
-            "changed": relative(theirs, plain),
-            "core": failure(by_core, twin, short, short, copy.deepcopy(LATENT))}
+        theirs = sampled(twin, whole)
+        found[name] = {"off": relative(sampled(ours, short), theirs), "whole": relative(sampled(ours, whole), theirs),
+                       "changed": relative(theirs, plain), "core": failure(sampled, twin, short)}
     return found
 
 
@@ -97,8 +93,7 @@ def noise_concat() -> Any:
     for name, width, channels in (("fill", 384, 80), ("control", 128, 16)):
         ours = HOST.load_model(random_file(f"concat-{name}", in_channels=width))
         given = carrying(prompt, noise_concat=random(1, channels, 12, 16))
-        mine, theirs = (by_core(each, given, given, copy.deepcopy(LATENT)) for each in (ours, core_patcher(ours)))
-        found[name] = {"off": relative(mine, theirs)}
+        found[name] = {"off": relative(sampled(ours, given), sampled(core_patcher(ours), given))}
     return found
 
 

@@ -3,7 +3,6 @@ with all weights loaded, a third of them, and none. Imported by it, in its proce
 
 from __future__ import annotations
 
-import copy
 import importlib
 import json
 import sys
@@ -18,12 +17,23 @@ import comfy.model_management
 import comfy.model_patcher
 import folder_paths
 import torch
-from inside import ENGINE, ERRORS, HOST, MODEL, check, conditioning, core_patcher, loras, patched, relative
+from inside import (
+    ENGINE,
+    ERRORS,
+    HOST,
+    MODEL,
+    check,
+    conditioning,
+    core_patcher,
+    loras,
+    our_sampler,
+    patched,
+    relative,
+    sampled,
+)
 from inside_fill import NODES
-from inside_variants import KEPT, VAE, by_core, control, of, random_file
+from inside_variants import KEPT, VAE, control, of, random_file
 from safetensors.torch import save_file
-
-import nodes as core_nodes
 
 OPTIONS = {"kind": "depth", "guidance": 0.0, "width": 112, "height": 96, "fit": "stretch"}
 SHARES = {"all": None, "a third": 3, "nothing": 10**9}
@@ -56,18 +66,8 @@ def structured(prompt: Any, vae: Any, model: Any = None) -> tuple[Any, ...]:
     return of(NODES["FluxKitStructure"].execute(prompt, vae, the_map(), model=model, **OPTIONS))
 
 
-def ours(model: Any, positive: Any, latent: Any) -> torch.Tensor:
-    out: torch.Tensor = HOST.sample(model, positive, None, copy.deepcopy(latent), seed=3, steps=3, solver="euler",
-                                    schedule="simple")["samples"]
-    return out
-
-
-def one_pass(model: Any, positive: Any, latent: Any) -> torch.Tensor:
-    """One step of core's KSampler."""
-    out: torch.Tensor = core_nodes.common_ksampler(
-        model, seed=3, steps=1, cfg=1.0, sampler_name="euler", scheduler="simple", positive=positive,
-        negative=positive, latent=copy.deepcopy(latent))[0]["samples"]
-    return out
+def one_step(model: Any, positive: Any, latent: Any) -> torch.Tensor:
+    return sampled(model, positive, latent=latent, steps=1)
 
 
 @check
@@ -78,13 +78,13 @@ def structure_node() -> Any:
     positive, negative, latent, report = structured(prompt, vae, model)
     path = Path(tempfile.mkdtemp()) / "structure.safetensors"
     save_file({"map": positive[0][1]["concat_latent_image"].contiguous(), "latent": latent["samples"]}, path)
-    theirs = by_core(core_patcher(model), positive, negative, copy.deepcopy(latent))
+    theirs = sampled(core_patcher(model), positive, negative, latent)
     other = of(NODES["FluxKitStructure"].execute(prompt, vae, 1 - the_map(), model=model, **OPTIONS))[0]
     return {"path": str(path), "report": report, "guidance": [part[0][1]["guidance"] for part in (positive, negative)],
             "noise_concat": "noise_concat" in positive[0][1],
-            "off": relative(by_core(model, positive, negative, copy.deepcopy(latent)), theirs),
-            "our sampler": relative(ours(model, positive, latent), theirs),
-            "changed": relative(ours(model, other, latent), theirs)}
+            "off": relative(sampled(model, positive, negative, latent), theirs),
+            "our sampler": relative(our_sampler(model, positive, None, latent), theirs),
+            "changed": relative(our_sampler(model, other, None, latent), theirs)}
 
 
 def models() -> dict[str, Any]:
@@ -123,24 +123,24 @@ def control_however_loaded() -> Any:
                 if kind == "core's" and way != "beside" and share == "nothing":
                     continue  # older hosts leave out patches of norms that they did not load
                 with loading(part):
-                    out = one_pass(made, positive, latent)
+                    out = one_step(made, positive, latent)
                     if share == "nothing" and way == "core's loader":  # loaded already, and asked for once more
-                        out = one_pass(made, positive, latent)
+                        out = one_step(made, positive, latent)
                 expected = out if expected is None else expected
                 found[f"{kind}, {way}, {share}"] = [relative(out, expected), told]
         plain, _, latent = control(prompt, vae)  # core's node, which says nothing of noise_concat
-        whole = one_pass(ways["core's loader"], plain, latent)
+        whole = one_step(ways["core's loader"], plain, latent)
         for way in ("beside",) if kind == "core's" else ways:
             with loading(SHARES["nothing"]):
-                found[f"{kind}, {way}, core's node"] = [relative(one_pass(ways[way], plain, latent), whole), False]
+                found[f"{kind}, {way}, core's node"] = [relative(one_step(ways[way], plain, latent), whole), False]
         if kind == "core's":
             with loading(SHARES["a third"]):
                 try:
-                    one_pass(ways["core's loader"], plain, latent)
+                    one_step(ways["core's loader"], plain, latent)
                     found["core alone"] = [0.0, False]
                 except RuntimeError as error:
                     found["core alone"] = str(error)
-    found["base"] = [relative(one_pass(HOST.load_model(MODEL), prompt, latent), one_pass(given, plain, latent)), False]
+    found["base"] = [relative(one_step(HOST.load_model(MODEL), prompt, latent), one_step(given, plain, latent)), False]
     return found
 
 
@@ -154,9 +154,9 @@ def control_refused() -> Any:
     latent = {"samples": torch.zeros(1, 16, 12, 14)}
     for name, call in {
             "ours on fill": lambda: HOST.with_loras(fill, None, rows(1.0)),
-            "core's on fill": lambda: by_core(patched(fill, weights), prompt, prompt, latent),
+            "core's on fill": lambda: sampled(patched(fill, weights), prompt, latent=latent),
             "node on dev": lambda: structured(prompt, vae, dev), "node on fill": lambda: structured(prompt, vae, fill),
-            "no map": lambda: ours(HOST.with_loras(dev, None, rows(1.0))[0], prompt, latent)}.items():
+            "no map": lambda: our_sampler(HOST.with_loras(dev, None, rows(1.0))[0], prompt, None, latent)}.items():
         try:
             call()
             said[name] = ""

@@ -3,7 +3,6 @@ with its picture, and text encoders against core's own of the same sizes. Import
 
 from __future__ import annotations
 
-import copy
 import logging
 import sys
 import tempfile
@@ -26,10 +25,13 @@ from inside import (
     check,
     conditioning,
     core_patcher,
+    empty,
     loras,
+    our_sampler,
     patched,
     random,
     relative,
+    sampled,
 )
 from inside_accidents import message
 from safetensors.torch import save_file
@@ -49,13 +51,6 @@ def random_file(name: str, **sizes: Any) -> Path:
     path = Path(KEPT.name) / f"{name}.safetensors"
     save_file(weights, path)
     return path
-
-
-def by_core(patcher: Any, positive: Any, negative: Any, latent: Any, cfg: float = 1.0) -> torch.Tensor:
-    out: torch.Tensor = core_nodes.common_ksampler(
-        patcher, seed=3, steps=3, cfg=cfg, sampler_name="euler", scheduler="simple", positive=positive,
-        negative=negative, latent=latent)[0]["samples"]
-    return out
 
 
 def of(answer: Any) -> tuple[Any, ...]:
@@ -81,7 +76,7 @@ def fill(prompt: Any, vae: Any) -> tuple[Any, ...]:
 
 
 def text_only(prompt: Any, vae: Any) -> tuple[Any, ...]:
-    return prompt, prompt, {"samples": torch.zeros(1, 16, 12, 16)}
+    return prompt, prompt, empty()
 
 
 VARIANTS: dict[str, tuple[dict[str, Any], Any]] = {
@@ -95,15 +90,14 @@ def variants() -> Any:
     for name, (sizes, prepare) in VARIANTS.items():
         patcher = HOST.load_model(random_file(name, **sizes))
         positive, negative, latent = prepare(prompt, vae)
-        theirs = by_core(core_patcher(patcher), positive, negative, copy.deepcopy(latent))
-        mine = HOST.sample(patcher, positive, None, latent, seed=3, steps=3, solver="euler", schedule="simple")
+        twin = core_patcher(patcher)
+        theirs = sampled(twin, positive, negative, latent)
         found[name] = {
             "config": type(patcher.model.model_config).__name__,
             "channels": patcher.model.diffusion_model.img_in.weight.shape[1],
-            "off": relative(by_core(patcher, positive, negative, copy.deepcopy(latent)), theirs),
-            "our sampler": relative(mine["samples"], theirs),
-            "changed": relative(theirs, by_core(core_patcher(patcher), prompt, prompt, {
-                "samples": torch.zeros(1, 16, 12, 16)}))}
+            "off": relative(sampled(patcher, positive, negative, latent), theirs),
+            "our sampler": relative(our_sampler(patcher, positive, None, latent), theirs),
+            "changed": relative(theirs, sampled(twin, prompt))}
     return found
 
 
@@ -113,14 +107,14 @@ def control_lora() -> Any:
     ours, vae, prompt = HOST.load_model(MODEL), HOST.load_vae(VAE), conditioning()
     twin, weights = core_patcher(ours), loras()["bfl control"]
     positive, negative, latent = control(prompt, vae)
-    base = by_core(ours, prompt, prompt, latent)
+    base = sampled(ours, prompt, latent=latent)
     changed = patched(ours, weights)
-    mine = by_core(changed, positive, negative, latent)
-    theirs = by_core(patched(twin, weights), positive, negative, latent)
-    sampler = HOST.sample(changed, positive, None, latent, seed=3, steps=3, solver="euler", schedule="simple")
-    return {"off": relative(mine, theirs), "our sampler": relative(sampler["samples"], theirs),
-            "picture": relative(by_core(changed, prompt, prompt, latent), mine),
-            "base": relative(by_core(ours, prompt, prompt, latent), base)}
+    mine = sampled(changed, positive, negative, latent)
+    theirs = sampled(patched(twin, weights), positive, negative, latent)
+    return {"off": relative(mine, theirs),
+            "our sampler": relative(our_sampler(changed, positive, None, latent), theirs),
+            "picture": relative(sampled(changed, prompt, latent=latent), mine),
+            "base": relative(sampled(ours, prompt, latent=latent), base)}
 
 
 # -- text encoders

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import json
 import math
@@ -18,7 +17,7 @@ import comfy.model_management
 import comfy.sd
 import comfy.utils
 import torch
-from inside import ENGINE, HOST, check, random, relative
+from inside import ENGINE, HOST, check, freed, held, in_part_and_whole, loaded_anew, mapped, random, relative
 from inside import NAME as PACKAGE
 from inside_accidents import message
 from safetensors.torch import save_file
@@ -202,34 +201,18 @@ def vision_memory() -> Any:
     made = {"vision": HOST.load_clip_vision(file_of(VISION.SiglipVision, SMALL, "small.safetensors")[0]),
             "style": HOST.load_style_model(file_of(VISION.Redux, SMALL_REDUX, "small_redux.safetensors")[0])}
     inputs = {"vision": random(1, 3, 56, 56), "style": random(1, 16, 128)}
-    found: dict[str, Any] = {}
-    gone = {}
+    found, gone = {}, {}
     for name, thing in made.items():
-        patcher, outs, loaded = thing.patcher, [], []
-        for budget in ({"lowvram_model_memory": patcher.model_size() // 3}, {"full_load": True}):
-            patcher.patch_model(device_to=None, load_weights=False)
-            patcher.load(patcher.load_device, **budget)
-            loaded.append(patcher.model.model_loaded_weight_memory)
-            out = patcher.model(inputs[name])
-            outs.append(out if name == "style" else out[0])
-            patcher.unpatch_model(patcher.offload_device)
-        factory, arguments = patcher.cached_patcher_init[:2]
-        again = factory(*arguments, disable_dynamic=True)
-        pairs = zip(patcher.model.state_dict().values(), again.model.state_dict().values(), strict=True)
-        found[name] = {
-            "off": relative(*outs), "share": loaded[0] / loaded[1], "again": all(torch.equal(a, b) for a, b in pairs),
-            "apart": again.model is not patcher.model, "told": patcher.model_size(),
-            "held": sum(p.numel() * p.element_size() for p in patcher.model.parameters()),
-            "mapped": sum(not p.untyped_storage().resizable() for p in patcher.model.parameters())}
+        patcher = thing.patcher
+        outs, share = in_part_and_whole(patcher, lambda name=name, model=patcher.model: model(inputs[name]))
+        found[name] = {"off": relative(*(out if name == "style" else out[0] for out in outs)), "share": share,
+                       "told": patcher.model_size(), "held": held(patcher), "mapped": mapped(patcher),
+                       **loaded_anew(patcher)}
         comfy.model_management.load_models_gpu([patcher])
         gone[name] = weakref.ref(patcher.model)
-        patcher = again = pairs = out = thing = None
+        patcher = thing = outs = None
     made.clear()
-    comfy.model_management.unload_all_models()
-    gc.collect()
-    for name, reference in gone.items():
-        found[name]["freed"] = reference() is None
-    return found
+    return {name: {**found[name], "freed": one} for name, one in freed(gone).items()}
 
 
 @check

@@ -10,19 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from alone import tiny_host
+from comfy_inside import Inside
 from comfy_server import Failed, Server
 from compare import relative
-from family import DEV, random_weights
+from family import DEV, write_flux
 from flux_kit.cli import session
 from flux_kit.engine.conditioning import fill
-from flux_kit.engine.models.flux import Flux
 from flux_kit.engine.sampling.latents import patchify
 from flux_kit.engine.sampling.slots import read_slots
-from flux_kit.hosts.standalone.folders import Folders
-from flux_kit.hosts.standalone.host import StandaloneHost
 from PIL import Image
-from prompts import Prompt, core, node
-from safetensors.torch import load_file, save_file
+from prompts import Prompt, by_our_sampler, core, flux_kit, node
+from safetensors.torch import load_file
 
 SAME = 1e-5
 PIXELS = 1e-4  # of latents that were encoded from a picture
@@ -32,16 +31,10 @@ WIDTHS = {"dev": 64, "core's dev": 64, "core's loader": 128, "core's loader on c
           "core's dev, its sister loaded": 64}
 
 
-def of(inside: dict[str, Any], name: str) -> dict[str, Any]:
-    found: dict[str, Any] = inside[name]
-    assert "error" not in found, found["error"]
-    return found
-
-
-def test_the_tensors_are_those_of_the_standalone_host(inside: dict[str, Any], tmp_path: Path) -> None:
-    found = of(inside, "fill_node")
+def test_the_tensors_are_those_of_the_standalone_host(inside: Inside, tmp_path: Path) -> None:
+    found = inside("fill_node")
     here = load_file(found["path"])
-    host = StandaloneHost(Folders(models=[session.TINY_MODELS], output=tmp_path), device="cpu", dtype="fp32")
+    host = tiny_host(tmp_path)
     vae = host.load_vae(session.TINY_MODELS / "vae" / "tiny-ae.safetensors")
     draw = torch.Generator().manual_seed(11)
     picture, mask = torch.rand(1, 75, 101, 3, generator=draw), torch.linspace(0, 1, 101).expand(1, 75, 101)
@@ -55,15 +48,15 @@ def test_the_tensors_are_those_of_the_standalone_host(inside: dict[str, Any], tm
     assert found["guidance"] == 30 and found["keys"] == [fill.PICTURE, "samples"] and "112 x 80" in found["report"]
 
 
-def test_both_samplers_take_it_and_the_picture_comes_back(inside: dict[str, Any]) -> None:
-    found = of(inside, "fill_node")
+def test_both_samplers_take_it_and_the_picture_comes_back(inside: Inside) -> None:
+    found = inside("fill_node")
     assert found["off"] <= SAME and found["our sampler"] <= SAME
     assert found["decoded"] == found["pasted"] == [1, 75, 101, 3]
     assert found["kept"] and found["changed"] > 0.01
 
 
-def test_the_width_of_img_in_of_every_kind_of_model(inside: dict[str, Any]) -> None:
-    found = of(inside, "img_in_widths")
+def test_the_width_of_img_in_of_every_kind_of_model(inside: Inside) -> None:
+    found = inside("img_in_widths")
     assert {name: found[name] for name in WIDTHS} == WIDTHS
     assert "needs FLUX.1" in found["another model"]
 
@@ -72,9 +65,7 @@ def test_the_width_of_img_in_of_every_kind_of_model(inside: dict[str, Any]) -> N
 
 @pytest.fixture(scope="module")
 def model(server: Server) -> str:
-    folder = server.base / "models" / "diffusion_models"
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(random_weights(Flux(replace(DEV, in_channels=384)), 9), folder / MODEL)
+    write_flux(server.base / "models" / "diffusion_models" / MODEL, 9, in_channels=384)
     return MODEL
 
 
@@ -105,14 +96,6 @@ def inpainting(model: str, **changes: Any) -> Prompt:
     return prompt
 
 
-def by_our_sampler(prompt: Prompt) -> Prompt:
-    links = prompt["sampler"]["inputs"]
-    return {**prompt, "sampler": node(
-        "FluxKitSampler", model=links["model"], positive=links["positive"], latent=links["latent_image"], seed=21,
-        steps=2, cfg=1.0, solver="euler", schedule="simple", denoise=1.0, denoise_meaning="keep steps (ComfyUI)",
-        cfg_start=0.0, cfg_end=1.0), "decode": node("FluxKitDecode", latent=["sampler", 0], vae=["load", 2])}
-
-
 def pixels(server: Server, saved: dict[str, Any]) -> np.ndarray:
     with Image.open(server.path_of(saved["images"][0])) as file:
         return np.array(file.convert("RGB")).astype(int)
@@ -126,7 +109,8 @@ def test_inpainting_a_region_in_the_server(server: Server, model: str) -> None:
     outside[box] = False
     assert pasted.shape == (112, 128, 3) and np.array_equal(pasted[outside], original[outside])
     assert np.abs(pasted - original)[box].mean() > 2
-    ours = server.run(by_our_sampler(inpainting(model)))
+    our_nodes = {**by_our_sampler(inpainting(model)), "decode": flux_kit()["decode"]}
+    ours = server.run(our_nodes)
     assert np.abs(pixels(server, ours["save"]) - pasted).max() <= 1
 
 

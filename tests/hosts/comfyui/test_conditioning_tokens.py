@@ -3,42 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from comfy_inside import Inside
 from comfy_server import Failed, Server
 from compare import relative
-from family import random_weights
-from flux_kit.cli import session
-from flux_kit.engine.models.vision import Redux, SiglipVision
-from flux_kit.engine.specs import REDUX, SIGLIP
-from flux_kit.hosts.standalone.executor import Executor
-from flux_kit.hosts.standalone.folders import Folders
-from flux_kit.hosts.standalone.host import StandaloneHost
-from PIL import Image
 from prompts import Prompt, core, core_loader, flux_kit, node
-from safetensors.torch import save_file
 from torch import Tensor
 
 SAME = 1e-5
-SMALL = replace(SIGLIP, hidden_size=128, num_attention_heads=2, intermediate_size=200, num_hidden_layers=2,
-                image_size=56)
-
-
-def of(inside: dict[str, Any], name: str) -> dict[str, Any]:
-    found: dict[str, Any] = inside[name]
-    assert "error" not in found, found["error"]
-    return found
 
 
 # ---------------------------------------------------------------------------------------- in one process with the host
 
-def test_auto_shift_is_black_forest_labs_schedule(inside: dict[str, Any]) -> None:
-    found = of(inside, "auto_shift")
+def test_auto_shift_is_black_forest_labs_schedule(inside: Inside) -> None:
+    found = inside("auto_shift")
     for loaded, cases in found["far from BFL"].items():
         assert cases.pop("4096") == 0.0, loaded
         assert len(cases) == 3 and max(cases.values()) < 1e-4, loaded
@@ -47,56 +28,14 @@ def test_auto_shift_is_black_forest_labs_schedule(inside: dict[str, Any]) -> Non
     assert found["another family stays"] and "no FLUX.1" in found["told"]
 
 
-def test_core_s_network_takes_redux_with_references(inside: dict[str, Any]) -> None:
+def test_core_s_network_takes_redux_with_references(inside: Inside) -> None:
     """Core's own nodes crash there; a mask for the size in hand that covers the references passes."""
-    found = of(inside, "redux_with_references")
+    found = inside("redux_with_references")
     assert len(found["off"]) == 6 and {name: off for name, off in found["off"].items() if not off <= SAME} == {}
     assert found["nearly off"] <= SAME and found["redux shows"] > 1e-4 and "Error" in found["core's nodes"]
 
 
 # ------------------------------------------------------------------------------------------------ in a running server
-
-@pytest.fixture(scope="session")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small vision encoder, a Redux of tiny-flux's width, and pictures."""
-    folder = tmp_path_factory.mktemp("tokens")
-    draw = np.random.default_rng(3)
-    for kind, name, state in (
-            ("clip_vision", "see.safetensors", random_weights(SiglipVision(SMALL), 1)),
-            ("style_models", "style.safetensors", random_weights(Redux(replace(
-                REDUX, redux_dim=128, txt_in_features=64)), 2))):
-        (folder / kind).mkdir()
-        save_file(state, folder / kind / name)
-    (folder / "input").mkdir()
-    for name, sides in (("wide.png", (112, 128, 3)), ("small.png", (60, 90, 3))):
-        Image.fromarray(draw.integers(0, 255, sides, dtype=np.uint8)).save(folder / "input" / name)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def prepared(server: Server, files: Path) -> Server:
-    for kind, into in (("clip_vision", "models/clip_vision"), ("style_models", "models/style_models"),
-                       ("input", "input")):
-        (server.base / into).mkdir(parents=True, exist_ok=True)
-        for file in (files / kind).iterdir():
-            (server.base / into / file.name).write_bytes(file.read_bytes())
-    return server
-
-
-@pytest.fixture(scope="session")
-def alone(files: Path) -> Callable[[Prompt], Tensor]:
-    """The latent of the same prompt in the standalone host."""
-    host = StandaloneHost(Folders(models=[session.TINY_MODELS, files], input=[files / "input"],
-                                  output=files / "output"), device="cpu", dtype="fp32")
-
-    def run(prompt: Prompt) -> Tensor:
-        session.hosts.use(host)
-        own = {name: entry for name, entry in prompt.items() if name != "latent"}  # SaveLatent is ComfyUI's
-        latent: Tensor = Executor(session.node_classes()).run(own, {}).outputs["sampler"][0][0]["samples"]
-        return latent
-
-    return run
-
 
 def prompt_of(by: str, positive: str, latent: str = "size", shifted: bool = False, **nodes: Any) -> Prompt:
     """Our sampler ("ours") or core's ("core") on nodes that stand between the prompt and it."""
@@ -109,7 +48,7 @@ def prompt_of(by: str, positive: str, latent: str = "size", shifted: bool = Fals
 
 
 PICTURES = {"wide": ("LoadImage", {"image": "wide.png"}), "small": ("LoadImage", {"image": "small.png"}),
-            "redux": ("FluxKitLoadRedux", {"clip_vision": "see.safetensors", "style_model": "style.safetensors"})}
+            "redux": ("FluxKitLoadRedux", {"clip_vision": "siglip.safetensors", "style_model": "redux.safetensors"})}
 
 
 def redux(**changes: Any) -> tuple[str, dict[str, Any]]:
@@ -144,27 +83,27 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("by", ["ours", "core"])
 @pytest.mark.parametrize("name", CASES)
-def test_both_hosts_give_the_same_latent(prepared: Server, alone: Callable[[Prompt], Tensor], name: str,
+def test_both_hosts_give_the_same_latent(with_redux: Server, alone: Callable[[Prompt], Tensor], name: str,
                                          by: str) -> None:
     prompt = prompt_of(by, **{**PICTURES, **CASES[name]})
-    found = prepared.latents(prompt)["latent"]
+    found = with_redux.latents(prompt)["latent"]
     assert torch.isfinite(found).all() and relative(alone(prompt), found) <= SAME
     assert relative(alone(prompt_of(by, "text")), found) > 1e-3, "it changes nothing"
 
 
 @pytest.mark.parametrize("name", ["redux, weaker", "kontext", "both", "shifted"])
-def test_core_s_own_model_takes_them_too(prepared: Server, core_can_load: bool, alone: Callable[[Prompt], Tensor],
+def test_core_s_own_model_takes_them_too(with_redux: Server, core_can_load: bool, alone: Callable[[Prompt], Tensor],
                                          name: str) -> None:
     if not core_can_load:
         pytest.skip("this ComfyUI's loader takes the published sizes only")
     prompt = prompt_of("core", **{**PICTURES, **CASES[name]})
-    found = prepared.latents(core_loader(prompt))["latent"]
+    found = with_redux.latents(core_loader(prompt))["latent"]
     assert relative(alone(prompt), found) <= 1e-3
 
 
 @pytest.mark.parametrize(("nodes", "told"), [
     ({"style": redux(area=["area", 0]), "area": AREA}, "'latent'"),
     ({"edit": kontext(edit_mask=["wide", 1])}, "edit_mask is empty")])
-def test_bad_input_is_told_by_the_node(prepared: Server, nodes: dict[str, Any], told: str) -> None:
+def test_bad_input_is_told_by_the_node(with_redux: Server, nodes: dict[str, Any], told: str) -> None:
     with pytest.raises(Failed, match=told):
-        prepared.run(prompt_of("ours", "style" if "style" in nodes else "edit", **PICTURES, **nodes))
+        with_redux.run(prompt_of("ours", "style" if "style" in nodes else "edit", **PICTURES, **nodes))

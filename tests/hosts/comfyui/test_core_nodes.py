@@ -13,7 +13,7 @@ import pytest
 import torch
 from comfy_server import Server
 from compare import relative
-from prompts import TEXT, Prompt, core, core_loader, node
+from prompts import TEXT, Prompt, core, core_loader, flux_kit, node
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -80,10 +80,7 @@ def referred(**inputs: Any) -> dict[str, dict[str, Any]]:
 
 
 ROWS: dict[str, Row] = {
-    "KSampler, CLIPTextEncodeFlux": Row({}, {"sampler": node(
-        "FluxKitSampler", model=["load", 0], positive=["text", 0], latent=["size", 0], seed=21, steps=4, cfg=1.0,
-        solver="euler", schedule="simple", denoise=1.0, denoise_meaning="keep steps (ComfyUI)", cfg_start=0.0,
-        cfg_end=1.0)}),
+    "KSampler, CLIPTextEncodeFlux": Row({}, {"sampler": flux_kit()["sampler"]}),
     "SamplerCustom": Row({**CUSTOM, "sampler": sampler(
         "SamplerCustom", **NO_KSAMPLER | {"cfg": 1.0, "model": ["load", 0], "positive": ["text", 0],
                                           "negative": ["text", 0]},

@@ -3,9 +3,8 @@ without unpacking it as a whole; and what the host is told of their bytes."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
+from comfy_inside import Inside
 
 SAME = 2e-6
 BESIDE = ("LoRA", "LoHa", "LoKr", "LoKr factored", "OFT", "OFT rescaled", "our DoRA by rows", "our DoRA by columns",
@@ -18,42 +17,36 @@ WHOLE = ("LoRA with DoRA by columns", "a rotation behind a LoRA", "a function")
 TILE = 100 / 768  # of the weight, in rows
 
 
-def of(inside: dict[str, Any], name: str) -> dict[str, Any]:
-    found: dict[str, Any] = inside[name]
-    assert "error" not in found, found["error"]
-    return found
-
-
-def test_each_kind_is_tried(inside: dict[str, Any]) -> None:
-    assert set(of(inside, "hanging_kinds")) == {*BESIDE, *ON_TILES, *WHOLE}
+def test_each_kind_is_tried(inside: Inside) -> None:
+    assert set(inside("hanging_kinds")) == {*BESIDE, *ON_TILES, *WHOLE}
 
 
 @pytest.mark.parametrize("kind", [*BESIDE, *ON_TILES, *WHOLE])
-def test_it_gives_what_the_host_s_function_gives(inside: dict[str, Any], kind: str) -> None:
-    found = of(inside, "hanging_kinds")[kind]
+def test_it_gives_what_the_host_s_function_gives(inside: Inside, kind: str) -> None:
+    found = inside("hanging_kinds")[kind]
     assert found["off"] <= SAME and found["dense"] <= SAME and found["changed"] > 1e-2
     assert found["after"] == 0, "something stayed on the layer"
 
 
 @pytest.mark.parametrize("kind", BESIDE)
-def test_beside_the_weight_nothing_is_unpacked_for_it(inside: dict[str, Any], kind: str) -> None:
-    found = of(inside, "hanging_kinds")[kind]
+def test_beside_the_weight_nothing_is_unpacked_for_it(inside: Inside, kind: str) -> None:
+    found = inside("hanging_kinds")[kind]
     assert not found["whole"] and found["told"] == pytest.approx(found["bytes"], rel=0.1, abs=600)
 
 
 @pytest.mark.parametrize("kind", ON_TILES)
-def test_or_a_few_rows_at_a_time(inside: dict[str, Any], kind: str) -> None:
-    found = of(inside, "hanging_kinds")[kind]
+def test_or_a_few_rows_at_a_time(inside: Inside, kind: str) -> None:
+    found = inside("hanging_kinds")[kind]
     assert found["whole"] and found["at once"] == pytest.approx(TILE) and found["told"] == found["bytes"] == 0
 
 
 @pytest.mark.parametrize("kind", WHOLE)
-def test_or_as_a_whole_where_rows_cannot_be_told_apart(inside: dict[str, Any], kind: str) -> None:
-    assert of(inside, "hanging_kinds")[kind]["at once"] == 1
+def test_or_as_a_whole_where_rows_cannot_be_told_apart(inside: Inside, kind: str) -> None:
+    assert inside("hanging_kinds")[kind]["at once"] == 1
 
 
-def test_the_host_counts_their_bytes_and_loads_fewer_weights(inside: dict[str, Any]) -> None:
-    found = of(inside, "hanging_memory")
+def test_the_host_counts_their_bytes_and_loads_fewer_weights(inside: Inside) -> None:
+    found = inside("hanging_memory")
     assert found["numbers"] > 0.1, "too few to tell anything"
     assert found["more"] == pytest.approx(1, rel=0.01) and found["base"] == found["full"] == found["clone"] == 1
     for share in ("loaded 0.5", "loaded 0.9"):
@@ -62,6 +55,6 @@ def test_the_host_counts_their_bytes_and_loads_fewer_weights(inside: dict[str, A
         assert 0.4 < case["taken"] <= 1 and case["told"] == pytest.approx(case["taken"], rel=0.02)
 
 
-def test_the_host_makes_room_for_side_paths_of_a_run(inside: dict[str, Any]) -> None:
-    found = of(inside, "hanging_room")
+def test_the_host_makes_room_for_side_paths_of_a_run(inside: Inside) -> None:
+    found = inside("hanging_room")
     assert found["more"] == pytest.approx([1, 1], rel=1e-3) and found["changed"] > 1e-3

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import comfy_quant_files
 import pytest
 import torch
-from comfy_server import Host, Server, environment
+from alone import tiny_host
+from comfy_inside import Inside, inside_of
+from comfy_server import Host, Server
 from compare import relative
-from flux_kit.cli import session
 from flux_kit.engine.quant import FORMATS
-from flux_kit.hosts.standalone.folders import Folders
-from flux_kit.hosts.standalone.host import StandaloneHost
 from gguf_files import quantise, unpack, write_gguf
 from prompts import Prompt, core, node
 from safetensors import safe_open
@@ -30,7 +26,6 @@ from torch import Tensor
 
 SAME = 1e-5
 ROOT = Path(__file__).parents[3]
-INSIDE, INSIDE_TIMEOUT = Path(__file__).parent / "inside.py", 900
 TINY = ROOT / "tiny_flux" / "models"
 State = dict[str, Tensor]
 CHECKS = ("packed_models", "packed_loras", "packed_partial_load", "packed_wrappers_and_hooks", "packed_merge_and_save",
@@ -103,36 +98,19 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@cache
-def findings(host: Host, folder: Path) -> dict[str, Any]:
-    done = subprocess.run([host.python, str(INSIDE), str(host.path), str(ROOT), *CHECKS], text=True,
-                          env={**environment(), "FLUX_KIT_PACKED": str(folder)}, capture_output=True,
-                          timeout=INSIDE_TIMEOUT, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    assert done.returncode == 0 and lines, done.stderr[-4000:]
-    found: dict[str, Any] = json.loads(lines[-1])
-    return found
+@pytest.fixture(scope="session")
+def inside(comfy: Host, files: Path) -> Inside:
+    return inside_of(comfy, *CHECKS, FLUX_KIT_PACKED=str(files))
 
 
-@pytest.fixture
-def of(comfy: Host, files: Path) -> Callable[[str], dict[str, Any]]:
-    def get(name: str) -> dict[str, Any]:
-        found: dict[str, Any] = findings(comfy, files)[name]
-        assert "error" not in found, found["error"]
-        return found
-
-    return get
-
-
-Of = Callable[[str], dict[str, Any]]
 KINDS = {"flux-k.gguf": (["Q4_K", "Q5_1"], 0.5, 0.8), "flux-q8.gguf": (["Q8_0"], 1.06, 1.07),
          "flux-scaled.safetensors": (["F8_E4M3"], 1.0, 1.0),
          "flux-quant.safetensors": (sorted({name.partition(" ")[0] for name in QUANT}), 0.7, 1.0)}
 
 
 @pytest.mark.parametrize("file", KINDS)
-def test_a_packed_model_equals_its_plain_weights(of: Of, file: str) -> None:
-    case = of("packed_models")[file]
+def test_a_packed_model_equals_its_plain_weights(inside: Inside, file: str) -> None:
+    case = inside("packed_models")[file]
     kinds, low, high = KINDS[file]
     assert case["kinds"] == kinds and case["layers"] > 40 and case["uint8"] and case["cast"]
     assert low <= case["bytes per weight"] <= high
@@ -145,19 +123,19 @@ def test_a_packed_model_equals_its_plain_weights(of: Of, file: str) -> None:
 
 
 @pytest.mark.parametrize("file", KINDS)
-def test_the_standalone_host_gives_the_same(of: Of, comfy: Host, files: Path, file: str) -> None:
-    of("packed_models")
+def test_the_standalone_host_gives_the_same(inside: Inside, comfy: Host, files: Path, file: str) -> None:
+    inside("packed_models")
     left = files / comfy.path.name
     prompt = load_file(left / "prompt.safetensors")
-    host = StandaloneHost(Folders(models=[session.TINY_MODELS], output=files), device="cpu", dtype="fp32")
+    host = tiny_host(files)
     conditioning = [[prompt["cond"], {"pooled_output": prompt["pooled"], "guidance": 3.5}]]
     mine = host.sample(host.load_model(files / file), conditioning, None, {"samples": torch.zeros(1, 16, 12, 16)},
                        seed=3, steps=3, solver="euler", schedule="simple")["samples"]
     assert relative(mine, load_file(left / f"{file}.latents")["samples"]) <= SAME
 
 
-def test_loras_on_packed_weights(of: Of) -> None:
-    found = of("packed_loras")
+def test_loras_on_packed_weights(inside: Inside) -> None:
+    found = inside("packed_loras")
     assert len(found) == len(KINDS) * 8
     for name, case in found.items():
         if name.endswith("bytes"):
@@ -168,8 +146,8 @@ def test_loras_on_packed_weights(of: Of) -> None:
         assert case["said"] == [], name
 
 
-def test_partly_loaded_is_the_same_bit_for_bit(of: Of) -> None:
-    found = of("packed_partial_load")
+def test_partly_loaded_is_the_same_bit_for_bit(inside: Inside) -> None:
+    found = inside("packed_partial_load")
     assert len(found) == len(KINDS) * 6
     for name, case in found.items():
         assert case["streamed"] and case["taken back"], name
@@ -177,15 +155,15 @@ def test_partly_loaded_is_the_same_bit_for_bit(of: Of) -> None:
         assert case["after"] == 0 and case["left"] == 0, name
 
 
-def test_wrappers_and_hooks(of: Of) -> None:
-    found = of("packed_wrappers_and_hooks")
+def test_wrappers_and_hooks(inside: Inside) -> None:
+    found = inside("packed_wrappers_and_hooks")
     assert found.pop("bytes")["same"] and len(found) == 8
     for name, case in found.items():
         assert case["off"] <= SAME and case["changed"] > 1e-4 and case["base"] == 0, name
 
 
-def test_merging_and_saving(of: Of) -> None:
-    found = of("packed_merge_and_save")
+def test_merging_and_saving(inside: Inside) -> None:
+    found = inside("packed_merge_and_save")
     assert found.pop("asked for one")["off"] == 0
     assert found.pop("after refusals")["off"] == 0
     for name, told in {"foreign patcher": "'single_blocks.0.linear1'.*bf16 or fp16", "another size":
@@ -198,8 +176,8 @@ def test_merging_and_saving(of: Of) -> None:
             assert off <= SAME, (name, what)
 
 
-def test_packed_text_encoders(of: Of) -> None:
-    found = of("packed_text")
+def test_packed_text_encoders(inside: Inside) -> None:
+    found = inside("packed_text")
     assert found["layers"] == {"clip_l": ["Q8_0"], "t5xxl": ["Q8_0"]} and found["embeddings"] >= 3
     assert max(found["off"] + found["off with lora"] + found["mixed"]) <= SAME
     assert min(found["changed"]) > 1e-4 and found["base"] == [0, 0] and all(found["streamed"])
@@ -207,8 +185,8 @@ def test_packed_text_encoders(of: Of) -> None:
     assert max(found["saved"]) <= 0.02 and not any("int" in name for name in found["dtypes"])  # saved in bf16
 
 
-def test_a_packed_model_goes_and_comes_back(of: Of) -> None:
-    found = of("packed_lifetime")
+def test_a_packed_model_goes_and_comes_back(inside: Inside) -> None:
+    found = inside("packed_lifetime")
     same, *kinds = found.pop("again")
     assert same and len(kinds) == 2 and all(kind.endswith("PackedPatcher") for kind in kinds)
     assert found == {"loaded": True, "freed": True}
@@ -216,8 +194,8 @@ def test_a_packed_model_goes_and_comes_back(of: Of) -> None:
 
 # -- the host's dynamic VRAM, with a stand-in for its allocator (inside_packed_dynamic.py)
 
-def test_dynamic_vram_is_only_taken_when_asked_for(of: Of) -> None:
-    found = of("packed_dynamic")
+def test_dynamic_vram_is_only_taken_when_asked_for(inside: Inside) -> None:
+    found = inside("packed_dynamic")
     if not found:
         pytest.skip("this ComfyUI has no dynamic VRAM")
     assert set(found["unasked"]) == {"kind", "on a cpu"}
@@ -225,8 +203,8 @@ def test_dynamic_vram_is_only_taken_when_asked_for(of: Of) -> None:
 
 
 @pytest.mark.parametrize("file", KINDS)
-def test_packed_weights_under_dynamic_vram(of: Of, file: str) -> None:
-    found = of("packed_dynamic")
+def test_packed_weights_under_dynamic_vram(inside: Inside, file: str) -> None:
+    found = inside("packed_dynamic")
     if not found:
         pytest.skip("this ComfyUI has no dynamic VRAM")
     case = found[file]
@@ -251,8 +229,8 @@ def test_packed_weights_under_dynamic_vram(of: Of, file: str) -> None:
 
 # -- the host's own quantised layers
 
-def test_core_s_quantised_layers_hold_the_same_numbers(of: Of) -> None:
-    found = of("packed_core_formats")
+def test_core_s_quantised_layers_hold_the_same_numbers(inside: Inside) -> None:
+    found = inside("packed_core_formats")
     if not found:
         pytest.skip("this ComfyUI has no layers of these formats")
     assert len(found["theirs"]) == 42

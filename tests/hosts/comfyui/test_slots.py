@@ -4,23 +4,18 @@ workflows of core nodes against `flux-kit run`, whose equivalents of these nodes
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from alone import Alone, tiny_host
+from comfy_inside import Inside
 from comfy_server import Server
 from compare import relative
-from family import DEV, random_weights
-from flux_kit.cli import session
-from flux_kit.engine.models.flux import Flux
-from flux_kit.hosts.standalone import io
+from family import write_flux
 from flux_kit.hosts.standalone.core_conditioning import CONDITIONING_NODES
 from flux_kit.hosts.standalone.core_pictures import PICTURE_NODES
-from flux_kit.hosts.standalone.executor import Executor
-from flux_kit.hosts.standalone.folders import Folders
-from flux_kit.hosts.standalone.host import StandaloneHost
 from prompts import Prompt, core, node
 from safetensors.torch import save_file
 from torch import Tensor
@@ -30,33 +25,29 @@ PIXELS = 1e-4  # of latents that were encoded from a picture
 SAMPLED = {"DifferentialDiffusion"}  # its effect shows in a run: below
 
 
-def of(inside: dict[str, Any], name: str) -> dict[str, Any]:
-    found: dict[str, Any] = inside[name]
-    assert "error" not in found, found["error"]
-    return found
-
-
-def test_references_equal_core_s_network(inside: dict[str, Any]) -> None:
-    found = of(inside, "references")
+def test_references_equal_core_s_network(inside: Inside) -> None:
+    found = inside("references")
     assert len(found) == 6
     for name, case in found.items():
         assert case["off"] <= SAME and case["our sampler"] <= SAME and case["changed"] > 0.01, name
 
 
-def test_masks_reach_references(inside: dict[str, Any]) -> None:
+def test_masks_reach_references(inside: Inside) -> None:
     """Where core's own network stops with an error of shapes."""
-    for name, case in of(inside, "masks_with_references").items():
+    found = inside("masks_with_references")
+    assert set(found) == {"any size", "own size", "hidden"}
+    for name, case in found.items():
         assert case["off"] <= SAME and case["whole"] <= SAME and case["changed"] > 1e-3, name
         assert "must match" in case["core"] or "expand" in case["core"], name
 
 
-def test_channels_ready_made(inside: dict[str, Any]) -> None:
-    found = of(inside, "noise_concat")
+def test_channels_ready_made(inside: Inside) -> None:
+    found = inside("noise_concat")
     assert set(found) == {"fill", "control"} and all(case["off"] <= SAME for case in found.values())
 
 
-def test_the_standalone_host_s_nodes_do_what_core_s_do(inside: dict[str, Any]) -> None:
-    found = of(inside, "equivalents")
+def test_the_standalone_host_s_nodes_do_what_core_s_do(inside: Inside) -> None:
+    found = inside("equivalents")
     assert found["nodes"] == sorted(one.GET_SCHEMA().node_id for one in (*PICTURE_NODES, *CONDITIONING_NODES))
     assert {name.split(",")[0] for name in found["off"]} | SAMPLED >= set(found["nodes"]) - {"ImageScaleToMaxDimension"}
     within = {name: PIXELS if name.endswith("Conditioning") or "Conditioning, " in name else 0 for name in found["off"]}
@@ -69,17 +60,15 @@ def test_the_standalone_host_s_nodes_do_what_core_s_do(inside: dict[str, Any]) -
 def models(server: Server) -> Path:
     """Random Fill and Control models and a control LoRA where both hosts find them."""
     folder = server.base / "models"
-    for name in ("diffusion_models", "loras"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
     for seed, (name, channels) in enumerate((("fill", 384), ("control", 128)), start=1):
-        weights = random_weights(Flux(replace(DEV, in_channels=channels)), seed)
-        save_file(weights, folder / "diffusion_models" / f"both-{name}.safetensors")
+        write_flux(folder / "diffusion_models" / f"both-{name}.safetensors", seed, in_channels=channels)
     draw = torch.Generator().manual_seed(5)
     sizes = {"img_in": (128, 128), "double_blocks.0.img_attn.proj": (128, 128)}
     lora = {f"{name}.lora_{side}.weight": torch.randn((4, size[1]) if side == "A" else (size[0], 4), generator=draw) / 9
             for name, size in sizes.items() for side in "AB"}
     lora["img_in.lora_B.bias"] = torch.randn(128, generator=draw) / 9
     lora["single_blocks.0.norm.key_norm.scale"] = 1 + torch.randn(128, generator=draw) / 9  # by which core knows it
+    (folder / "loras").mkdir(exist_ok=True)
     save_file(lora, folder / "loras" / "both-control.safetensors")
     return folder
 
@@ -87,27 +76,8 @@ def models(server: Server) -> Path:
 @pytest.fixture
 def both(server: Server, models: Path, tmp_path: Path) -> Callable[[Prompt], tuple[Tensor, Tensor]]:
     """The latent of a prompt in the server, and of the same prompt by the standalone host."""
-    host = StandaloneHost(Folders(models=[models, session.TINY_MODELS], output=tmp_path), device="cpu", dtype="fp32")
-    kept: list[Tensor] = []
-
-    class SaveLatent(io.ComfyNode):
-        @classmethod
-        def define_schema(cls) -> io.Schema:
-            return io.Schema(node_id="SaveLatent", is_output_node=True, outputs=[],
-                             inputs=[io.Latent.Input("samples"), io.String.Input("filename_prefix")])
-
-        @classmethod
-        def execute(cls, samples: Any, filename_prefix: str) -> Any:
-            kept[:] = [samples["samples"]]
-            return io.NodeOutput()
-
-    def run(prompt: Prompt) -> tuple[Tensor, Tensor]:
-        here = server.latents(prompt)["latent"]
-        session.hosts.use(host)
-        Executor({**session.node_classes(), "SaveLatent": SaveLatent}).run(prompt, {})
-        return here, kept[0]
-
-    return run
+    alone = Alone(tiny_host(tmp_path, models))
+    return lambda prompt: (server.latents(prompt)["latent"], alone.latents(prompt)["latent"])
 
 
 def picture_first(model: str | None = None, **sampler: Any) -> Prompt:

@@ -3,17 +3,16 @@ else of FLUX.1's conditioning and text encoders other nodes can ask for."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from comfy_inside import Inside
 from comfy_server import Failed, Server
 from compare import relative
-from family import DEV, random_weights
-from flux_kit.engine.models.flux import Flux
-from prompts import Prompt, core, core_loader, node
+from family import write_flux
+from prompts import Prompt, by_our_sampler, core, core_loader, node
 from safetensors.torch import save_file
 
 SAME = 1e-5
@@ -22,31 +21,24 @@ SIZES: dict[str, dict[str, Any]] = {"schnell": {"guidance_embed": False}, "fill"
                                     "control": {"in_channels": 128}}
 
 
-def of(inside: dict[str, Any], name: str) -> dict[str, Any]:
-    found: dict[str, Any] = inside[name]
-    assert "error" not in found, found["error"]
-    return found
-
-
 @pytest.mark.parametrize("variant", FAMILY)
-def test_a_variant_equals_core_s_network(inside: dict[str, Any], variant: str) -> None:
-    case = of(inside, "variants")[variant]
+def test_a_variant_equals_core_s_network(inside: Inside, variant: str) -> None:
+    case = inside("variants")[variant]
     assert (case["config"], case["channels"]) == FAMILY[variant]
     assert case["off"] <= SAME and case["our sampler"] <= SAME
     assert variant == "schnell" or case["changed"] > 1e-3, "the picture it is given changed nothing"
 
 
-def test_a_control_lora_with_its_picture(inside: dict[str, Any]) -> None:
-    case = of(inside, "control_lora")
+def test_a_control_lora_with_its_picture(inside: Inside) -> None:
+    case = inside("control_lora")
     assert case["off"] <= SAME and case["our sampler"] <= SAME and case["picture"] > 1e-4 and case["base"] == 0
 
 
 @pytest.fixture(scope="module")
 def models(server: Server) -> Path:
     folder = server.base / "models" / "diffusion_models"
-    folder.mkdir(parents=True, exist_ok=True)
     for seed, (variant, sizes) in enumerate(SIZES.items()):
-        save_file(random_weights(Flux(replace(DEV, **sizes)), seed), folder / f"random-{variant}.safetensors")
+        write_flux(folder / f"random-{variant}.safetensors", seed, **sizes)
     return folder
 
 
@@ -68,14 +60,6 @@ def prompt_of(variant: str) -> Prompt:
         prompt["sampler"]["inputs"] |= {"positive": ["given", 0], "negative": ["given", 1],
                                         "latent_image": ["given", 2]}
     return prompt
-
-
-def by_our_sampler(prompt: Prompt) -> Prompt:
-    links = prompt["sampler"]["inputs"]
-    return {**prompt, "sampler": node(
-        "FluxKitSampler", model=links["model"], positive=links["positive"], latent=links["latent_image"], seed=21,
-        steps=3, cfg=1.0, solver="euler", schedule="simple", denoise=1.0, denoise_meaning="keep steps (ComfyUI)",
-        cfg_start=0.0, cfg_end=1.0)}
 
 
 @pytest.mark.parametrize("variant", FAMILY)
@@ -105,8 +89,8 @@ def test_references_at_time_zero_are_refused(server: Server) -> None:
 
 
 @pytest.mark.parametrize("layer", ["None", "-1", "-2", "beyond"])
-def test_set_clip_last_layer_does_what_core_does(inside: dict[str, Any], layer: str) -> None:
-    found = of(inside, "last_layer")
+def test_set_clip_last_layer_does_what_core_does(inside: Inside, layer: str) -> None:
+    found = inside("last_layer")
     case = found[layer] if layer in found else found[min(found, key=lambda key: int(key) if key[0] == "-" else 0)]
     assert case["off"] <= SAME
     assert (case["changed"] > 1e-3) == (layer == "-2")
@@ -114,9 +98,9 @@ def test_set_clip_last_layer_does_what_core_does(inside: dict[str, Any], layer: 
     assert found["afterwards"]["off"] == 0
 
 
-def test_textual_inversions_are_told(inside: dict[str, Any]) -> None:
+def test_textual_inversions_are_told(inside: Inside) -> None:
     """Refused where the file is there, which core's encoders would put in; else a warning, as core gives one."""
-    here, weighted, nobody = of(inside, "textual_inversions").values()
+    here, weighted, nobody = inside("textual_inversions").values()
     for case, name in ((here, "of/mine"), (weighted, "of/mine.safetensors")):
         assert case["refused"].startswith("BadInput") and f"'{name}'" in case["refused"]
         assert "DualCLIPLoader" in case["refused"]

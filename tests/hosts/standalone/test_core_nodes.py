@@ -321,7 +321,7 @@ def test_models_are_shared_until_their_file_changes(host: StandaloneHost, models
 
 @pytest.mark.parametrize(("node", "inputs", "words"), [
     ("UNETLoader", {"unet_name": "absent.safetensors", "weight_dtype": "default"}, "absent.safetensors"),
-    ("UNETLoader", {"unet_name": "../vae/ae.safetensors", "weight_dtype": "default"}, "none of the folders"),
+    ("UNETLoader", {"unet_name": "../vae/ae.safetensors", "weight_dtype": "default"}, "lies in vae"),
     ("UNETLoader", {"unet_name": "flux1-dev.safetensors", "weight_dtype": "fp8_e4m3fn"}, "default"),
     ("DualCLIPLoader", {"clip_name1": "clip_l.safetensors", "clip_name2": "t5xxl_fp16.safetensors", "type": "sdxl"},
      "flux"),

@@ -76,6 +76,14 @@ def test_none_or_several_are_errors_with_near_matches(models):
         Folders().resolve_file("vae", "ae.safetensors")
 
 
+def test_a_file_of_another_kind_is_named_by_where_it_lies(models):
+    """A text encoder in the slot of the transformer: "not there" would send the user looking for a file they have."""
+    folders = Folders(models=[models])
+    with pytest.raises(MissingFile, match=r"'T5\.sft' lies in text_encoders, where this slot does not") as raised:
+        folders.resolve_file("diffusion_models", "T5.sft")
+    assert f"move it into {models / 'diffusion_models'}" in str(raised.value)
+
+
 def test_new_files_and_folders_are_seen(models):
     folders = Folders(models=[models])
     assert "new/file.sft" not in folders.list_files("loras")

@@ -15,6 +15,7 @@ from flux_kit.hosts.standalone.folders import Folders
 from flux_kit.hosts.standalone.host import StandaloneHost
 from flux_kit.hosts.standalone.workflow import load_workflow
 from frontend import Frontend, chromium
+from stack_files import lora_folder
 
 ROOT = Path(__file__).parents[4]
 EXAMPLES = {path.name: path for path in sorted((ROOT / "example_workflows").glob("*.json"))}
@@ -88,6 +89,11 @@ def frontend(browser: Any, server: Server, request: pytest.FixtureRequest) -> It
         yield opened
     finally:
         opened.page.close()
+
+
+@pytest.fixture(scope="module")
+def lora_files(server: Server) -> None:
+    lora_folder(server.base / "models" / "loras")
 
 
 @pytest.fixture(scope="session")
