@@ -38,6 +38,7 @@ def cross_cases(count: int, seed: int = 0) -> list[Case]:
     """Prompts for crosses of colours, sizes and places that training never saw together."""
     rng = random.Random(seed)
     scenes = [scene for scene in all_scenes(("cross",)) if scene.held_out]
+    rng.shuffle(scenes)
     return [Case(scene, caption(scene, rng if i % 2 else None))
             for i, scene in enumerate(scenes[i % len(scenes)] for i in range(count))]
 

@@ -57,7 +57,7 @@ class Recipe:
 
 RECIPES = {
     "opposite": Recipe(tuple(scene for scene in TRAINING_SCENES if not opposite(scene).held_out), "",
-                       "every colour becomes the one across the wheel", becomes=opposite, steps=1500, beside="cross"),
+                       "every colour becomes the one across the wheel", becomes=opposite, steps=2600, beside="cross"),
     "cross": Recipe(tuple(scene for scene in all_scenes(("cross",)) if not scene.held_out), "cross",
                     "a new shape, called by its name", kept=0.4, steps=1200),
 }

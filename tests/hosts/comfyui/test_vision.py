@@ -106,6 +106,6 @@ def test_redux_gives_the_same_latent_in_both_hosts(with_redux: Server, alone: Ca
 
 def test_a_missing_file_is_refused_before_the_run(with_redux: Server) -> None:
     prompt = redux()
-    prompt["models"]["inputs"]["clip_vision"] = "sigclip_vision_patch14_384.safetensors"
-    with pytest.raises(Failed, match=r"clip_vision: .*sigclip_vision_patch14_384\.safetensors"):
+    prompt["models"]["inputs"]["clip_vision"] = "sigclip_elsewhere.safetensors"
+    with pytest.raises(Failed, match=r"clip_vision: .*sigclip_elsewhere\.safetensors"):
         with_redux.latents(prompt)
