@@ -138,6 +138,15 @@ def seen() -> Iterator[list[int]]:
 
 
 @check
+def hanging_set_twice() -> dict[str, float]:
+    """By the host's own function on a plain weight: how far two of ours that replace it are from each's numbers."""
+    first, second = (random(ROWS, WIDE, size=0.1) for _ in range(2))
+    patches = [entry(of_ours("set", set=numbers)) for numbers in (first, second)]
+    made = comfy.lora.calculate_weight(patches, random(ROWS, WIDE), "a layer")
+    return {"from the later": relative(made, second), "from the earlier": relative(made, first)}
+
+
+@check
 def hanging_kinds() -> Any:
     """What each kind of patch gives, how it hangs there, and the most weights unpacked to fp32 at once."""
     found: dict[str, Any] = {}

@@ -45,6 +45,12 @@ def test_or_as_a_whole_where_rows_cannot_be_told_apart(inside: Inside, kind: str
     assert inside("hanging_kinds")[kind]["at once"] == 1
 
 
+def test_of_two_that_replace_a_weight_the_later_counts(inside: Inside) -> None:
+    """At any strength, as `flux-kit run` and merged files have it."""
+    found = inside("hanging_set_twice")
+    assert found["from the later"] <= SAME and found["from the earlier"] > 0.1
+
+
 def test_the_host_counts_their_bytes_and_loads_fewer_weights(inside: Inside) -> None:
     found = inside("hanging_memory")
     assert found["numbers"] > 0.1, "too few to tell anything"

@@ -120,6 +120,8 @@ REFUSED = {
     "near another": ({"vae": "ae-sharde.safetensors"}, r"near: .*ae-shared.safetensors"),
     "means two": ({"model": "twice.safetensors"},
                   r"several files could be meant: one/twice.safetensors, two/twice.safetensors"),
+    "of another kind": ({"model": "tiny-clip_l.safetensors"},
+                        r"'tiny-clip_l.safetensors' lies in text_encoders, where this slot does not look"),
     "leaves the folders": ({"model": "../../../../etc/passwd"}, r"passwd' is in none of the folders"),
     "empty": ({"vae": ""}, r"vae: '' is in none of the folders"),
 }
