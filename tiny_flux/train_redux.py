@@ -26,7 +26,7 @@ from .scenes import caption, render
 from .tasks import SCENES
 from .train_autoencoder import SPEC as AE_SPEC
 from .train_members import MODELS, encoded
-from .train_transformer import DEV, Family, draw_times, trained_state
+from .train_transformer import AHEAD, DEV, Family, draw_times, trained_state
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def painted(family: Family, tokens: Tensor, latents: Tensor, rng: random.Random)
     """How far the transformer is from the picture, told by the tokens after an empty prompt."""
     if rng.random() < 0.15:
         tokens = pooled_grid(tokens, rng.choice((3, 4, 5)))
-    txt, pooled = family.encode([""], rng.choice((16, 32, 32, 64, 256)))
+    txt, pooled = family.encode([""], rng.choice(AHEAD))
     count = len(latents)
     txt = torch.cat((txt.expand(count, -1, -1), tokens), dim=1)
     noise, t = torch.randn_like(latents), draw_times(count, DEV)
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--models", type=Path, default=MODELS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, nargs=2, default=(4000, 3500))
+    parser.add_argument("--steps", type=int, nargs=2, default=(4000, 2200))
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     train(arguments.run, arguments.models, arguments.seed, tuple(arguments.steps))

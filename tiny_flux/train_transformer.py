@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 DEV = FluxSpec(hidden_size=128, num_heads=1, depth=2, depth_single_blocks=4, context_in_dim=64, vec_in_dim=64)
 SCHNELL = replace(DEV, guidance_embed=False)
 TEXT_LENGTHS = ((32, 0.62), (48, 0.16), (64, 0.10), (128, 0.07), (256, 0.04), (512, 0.01))
+AHEAD = (16, 32, 32, 64, 256)   # tokens of an empty prompt that Redux's follow
 EMA = 0.999
 CHECKED_SIZES = (SQUARE, (96, 96), (256, 128))
 
@@ -54,14 +55,15 @@ class Recipe(Schedule):
     sizes_from: float       # share of the run after which other sizes join
     size_share: float = 0.4
     clip_drop: float = 0.0  # share of examples whose CLIP vector is that of the empty text, so that T5 is enough
+    behind: float = 0.0     # share of batches told after an empty prompt, as Redux's tokens are
 
 
 RECIPES = {
     "dev": Recipe(spec=DEV, steps=5700, batch=64, rate=2e-3, sizes_from=0.7, text_until=0.7),
     "dev-polish": Recipe(spec=DEV, steps=12000, batch=64, rate=1.5e-3, sizes_from=0.0, text_until=0.65, size_share=0.5),
     "dev-sizes": Recipe(spec=DEV, steps=6400, batch=64, rate=1.2e-3, sizes_from=0.0, text_until=0.0, size_share=0.6),
-    "dev-t5": Recipe(spec=DEV, steps=1600, batch=64, rate=8e-4, sizes_from=0.0, text_until=0.0, size_share=0.45,
-                     clip_drop=0.3),
+    "dev-t5": Recipe(spec=DEV, steps=3000, batch=64, rate=8e-4, sizes_from=0.0, text_until=0.0, size_share=0.4,
+                     clip_drop=0.4, behind=0.25),
     "schnell": Recipe(spec=SCHNELL, steps=1800, batch=64, rate=1e-3, sizes_from=0.0, text_until=0.0, size_share=0.35),
 }
 SCHNELL_TIMES = (1.0, 0.75, 0.5, 0.25)
@@ -145,9 +147,11 @@ def step_loss(family: Family, data: SceneLatents, recipe: Recipe, progress: floa
     tokens = size[0] * size[1] // 256 + length
     batch = data.batch(size, max(8, min(recipe.batch, recipe.batch * 128 // tokens)))
     txt, pooled = family.encode(batch.captions, length)
-    if recipe.clip_drop:
-        _, empty = family.encode([""], length)
-        pooled = torch.where(torch.rand(len(pooled), 1) < recipe.clip_drop, empty, pooled)
+    if recipe.clip_drop or recipe.behind:
+        behind = rng.random() < recipe.behind
+        ahead, empty = family.encode([""], rng.choice(AHEAD))
+        pooled = torch.where(torch.rand(len(pooled), 1) < (1.0 if behind else recipe.clip_drop), empty, pooled)
+        txt = torch.cat((ahead.expand(len(txt), -1, -1), txt), dim=1) if behind else txt
     noise = torch.randn_like(batch.latents)
     t = draw_times(len(noise), recipe.spec)
     shaped = t[:, None, None, None]

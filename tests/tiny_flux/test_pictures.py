@@ -67,8 +67,9 @@ def test_schnell_draws_what_is_asked_in_four_steps(schnell: Studio) -> None:
 
 @pytest.mark.parametrize("size", SIZE_FLOORS)
 def test_other_sizes_follow_the_prompt(dev: Studio, size: tuple[int, int]) -> None:
-    """At 96 x 96 a small figure is three latent cells wide."""
-    assert score(dev, held_out_cases(16, seed=3), size=size, batch=16) >= SIZE_FLOORS[size]
+    """At 96 x 96 a small figure is three latent cells wide: right in 73 of 100, so that 16 would tell little."""
+    cases = held_out_cases(48 if size == (96, 96) else 16, seed=3)
+    assert score(dev, cases, size=size, batch=16) >= SIZE_FLOORS[size]
 
 
 def test_longer_padding_changes_little(dev: Studio) -> None:
