@@ -39,6 +39,10 @@ class Stored:
             return self.shape[0] * FORMATS[self.format].row_bytes(self.shape[1])
         return math.prod(self.shape) * {"F32": 4}.get(self.format, 2)
 
+    @property
+    def is_mapped(self) -> bool:
+        return self.format != "NF4"
+
 
 def header(role: str, model: nn.Module, layers: int, precision: str) -> Mapping[str, Stored]:
     """Names, shapes and types of a file of this precision. NF4: the blocks' linear layers, the rest in bf16."""

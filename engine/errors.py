@@ -26,7 +26,7 @@ class BadModelFile(FluxKitError, ValueError):
 
     def __init__(self, path: str | Path, problem: str, *, field: str | None = None,
                  expected: object = None, found: object = None, advice: str | None = None) -> None:
-        parts = [f"{Path(path).name}: {problem}"]
+        parts = [f"{Path(path).name or path}: {problem}"]
         if field is not None:
             parts.append(f"field {field}")
         if expected is not None:

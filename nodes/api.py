@@ -6,13 +6,14 @@ Nodes are ComfyUI V3 nodes. `Schema` drops keywords that an older host does not 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..engine.errors import MissingFile
+from ..engine.errors import BadInput, MissingFile
 from ..hosts import Host, current
 from ..hosts.fingerprint import fingerprint
-from ..hosts.names import problems
+from ..hosts.names import problems, shown
 
 if TYPE_CHECKING:
     from ..hosts.standalone import io as _io
@@ -72,6 +73,15 @@ def file_of(kind: str, name: str) -> Path:
             return where.resolve_file(ALL_IN_ONE, name)
         except MissingFile:
             raise error from None
+
+
+def choice(name: str, value: Any, options: Iterable[str]) -> str:
+    """The value of a widget with these options, which older hosts do not check. BadInput for any other."""
+    known = list(options)
+    if value not in known:
+        raise BadInput(f"{name} '{shown(value)}' is not one of {', '.join(known)}")
+    chosen: str = value
+    return chosen
 
 
 class FileNode(ComfyNode):

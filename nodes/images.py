@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from ..engine.conditioning.fill import true_size
+from ..engine.conditioning.pictures import to_encode
 from ..hosts.names import check_prefix, problems
 from . import api
 from .api import host
+from .regions import told
 
 
 class FluxKitDecode(api.ComfyNode):
@@ -40,6 +42,8 @@ class FluxKitEncode(api.ComfyNode):
 
     @classmethod
     def execute(cls, image: Any, vae: Any, mask: Any = None) -> Any:
+        mask, notes = to_encode(image, mask)
+        told(notes)
         return api.NodeOutput(host().encode(vae, image, mask=mask))
 
 

@@ -18,8 +18,9 @@ STRICT, WARN = "strict", "warn"
 MENU, LORAS = "Flux Kit/LoRA", "FLUX_LORAS"
 LORAS_TIP = "A stack of LoRAs: of LoRA Stack, or a LORA_STACK of another pack."
 SHAPED_TIP = "The same LoRAs, for Apply LoRAs or another node of this kind."
-MODE_TIP = ("auto: what loses nothing and is fast for each layer. side path: beside the weights, on every layer. "
-            "merge: into the weights where they are 16 or 32 bit; unpacked copies of the others.")
+MODE_TIP = ("auto: beside packed weights, merged into the others; the report tells. side path: beside the weights, on "
+            "every layer, which loses nothing. merge: into the weights where they are 16 or 32 bit; packed ones as "
+            "unpacked copies, in ComfyUI as with auto.")
 PROBLEM_TIP = ("strict: stop at a file that cannot be applied as it is. warn: apply what can be applied and say in the "
                "report what was left out.")
 BLOCKS_TIP = ("Factors of the strength, such as: double 0-9 = 0.5, single = 0, img = 1.2. Words: double and single "
@@ -56,8 +57,9 @@ class FluxKitLoraApply(api.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, loras: Any, mode: str, on_problem: str, clip: Any = None) -> Any:
-        model, clip, report = host().with_loras(model, clip, rows_of(loras), mode=MODES[mode],
-                                                strict=on_problem == STRICT)
+        way = MODES[api.choice("mode", mode, MODES)]
+        strict = api.choice("on_problem", on_problem, (STRICT, WARN)) == STRICT
+        model, clip, report = host().with_loras(model, clip, rows_of(loras), mode=way, strict=strict)
         host().show(report or "no LoRA is on")
         return api.NodeOutput(model, clip, report)
 

@@ -50,8 +50,8 @@ def make(loras: Any, name: str, layout: str, rank: int, dtype: str, base: str) -
     if not rows:
         raise BadInput("no LoRA is connected that is on and has a strength: there is nothing to write")
     summands = [summand(FILES.read(host().resolve_file(LORAS, row.file), Options()), row) for row in rows]
-    made = write_lora(target, summands, to=layout, rank=rank or None, dtype=DTYPES.get(dtype), bases=bases(base),
-                      progress=progress())
+    to, kind = api.choice("layout", layout, LAYOUTS), DTYPES.get(api.choice("dtype", dtype, (SAME, *DTYPES)))
+    made = write_lora(target, summands, to=to, rank=rank or None, dtype=kind, bases=bases(base), progress=progress())
     return "\n".join([*made.lines(), *made.notes])
 
 

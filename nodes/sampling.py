@@ -92,7 +92,8 @@ class FluxKitSampler(api.ComfyNode):
     def execute(cls, model: Any, positive: Any, latent: Any, seed: int, steps: int, cfg: float, solver: str,
                 schedule: str, denoise: float, denoise_meaning: str, cfg_start: float, cfg_end: float,
                 negative: Any = None) -> Any:
-        amount = {"denoise" if denoise_meaning == KEEP_STEPS else "strength": denoise}
+        meaning = api.choice("denoise_meaning", denoise_meaning, (KEEP_STEPS, SKIP_STEPS))
+        amount = {"denoise" if meaning == KEEP_STEPS else "strength": denoise}
         return api.NodeOutput(host().sample(
             model, positive, negative, latent, seed=seed, steps=steps, cfg=cfg, solver=solver, schedule=schedule,
             cfg_window=(cfg_start, cfg_end), **amount))

@@ -53,9 +53,10 @@ class Adapter:
                 and self.destination == later.destination)
 
     def numbers(self, dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
-        """The factors in `dtype`, matrices with two axes."""
-        return {role: _flat(tensor).to(device=device).to(dtype) if role not in ("oft", "on_input")
-                else tensor.to(device=device).to(dtype) for role, tensor in self.factors.items()}
+        """The factors in `dtype`, matrices with two axes. Converted before they travel: not every device takes what
+        they are stored in (MPS has no 8-bit and no 64-bit floats)."""
+        return {role: (tensor if role in ("oft", "on_input") else _flat(tensor)).to(dtype).to(device)
+                for role, tensor in self.factors.items()}
 
     def change(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         """What is to be added to `weight`, the rows meant `(out, in)` of the base's weight, or a vector: its dtype and

@@ -95,11 +95,19 @@ def _lora_terms(factors: Factors, scale: float, weight: Rows) -> list[Term]:
     return [LowRank(factors["down"], _lora_up(factors, 1), scale)]
 
 
+def _cored(shapes: Shapes, a: str, b: str, core: str) -> tuple[int, int]:
+    """(out, in) of `a @ b`, or, where there is a core, of `a^T @ core @ b`."""
+    if core not in shapes:
+        return _chained(shapes, a, b)
+    rows, columns = matrix(shapes[a])
+    return _chained({**shapes, a: (columns, rows)}, a, core, b)
+
+
 # LoHa: W + scale * (a1 @ b1) * (a2 @ b2)
 def _loha_extent(shapes: Shapes) -> tuple[int, int]:
-    if "hada_t1" in shapes:
-        return matrix(shapes["hada_w1_a"])[1], matrix(shapes["hada_w1_b"])[1]
-    first, second = (_chained(shapes, f"hada_w{i}_a", f"hada_w{i}_b") for i in (1, 2))
+    if ("hada_t1" in shapes) != ("hada_t2" in shapes):
+        raise Mismatch("only one of its two products has a core")
+    first, second = (_cored(shapes, f"hada_w{i}_a", f"hada_w{i}_b", f"hada_t{i}") for i in (1, 2))
     if first != second:
         raise Mismatch(f"its two products are {list(first)} and {list(second)}")
     return first
@@ -130,10 +138,8 @@ def _lokr_sizes(shapes: Shapes) -> list[tuple[int, int]]:
     for name in ("lokr_w1", "lokr_w2"):
         if name in shapes:
             sizes.append(matrix(shapes[name]))
-        elif name == "lokr_w2" and "lokr_t2" in shapes:
-            sizes.append((matrix(shapes["lokr_w2_a"])[1], matrix(shapes["lokr_w2_b"])[1]))
         else:
-            sizes.append(_chained(shapes, f"{name}_a", f"{name}_b"))
+            sizes.append(_cored(shapes, f"{name}_a", f"{name}_b", f"lokr_t{name[-1]}"))
     return sizes
 
 
@@ -258,13 +264,22 @@ def _ia3_terms(factors: Factors, scale: float, weight: Rows) -> list[Term]:
     return [ColumnScale(vector)] if _is_on_input(factors) else [RowScale(vector)]
 
 
-def _whole(role: str) -> Callable[[Shapes], tuple[int, int | None]]:
-    return lambda shapes: (shapes[role][0], math.prod(shapes[role][1:]) if len(shapes[role]) > 1 else None)
+def _whole(role: str) -> Callable[[Shapes], tuple[int, int]]:
+    return lambda shapes: matrix(shapes[role])
+
+
+def _vector(role: str) -> Callable[[Shapes], tuple[int, None]]:
+    return lambda shapes: (math.prod(shapes[role]), None)
 
 
 def _replaced(role: str) -> Callable[[Factors, float, Tensor, float], Tensor]:
     """Whole at any strength but 0, as BFL's control LoRAs replace norms and ComfyUI does."""
-    return lambda factors, scale, weight, strength: (factors[role] - weight) * (strength != 0)
+    return lambda factors, scale, weight, strength: (factors[role].reshape(weight.shape) - weight) * (strength != 0)
+
+
+# Biases: what PEFT trains beside `up` is scaled as the pair is
+def _bias(factors: Factors, scale: float) -> Tensor:
+    return factors["diff_b"].reshape(-1) * scale
 
 
 _W1 = (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
@@ -283,13 +298,12 @@ ALGORITHMS: tuple[Algorithm, ...] = (
     Algorithm("OFTv2", ("oft_packed",), _packed_extent, _packed_delta, _packed_terms, also=("alpha", "oft_scaled")),
     Algorithm("IA3", ("ia3", "on_input"), _ia3_extent, _ia3_delta, _ia3_terms),
     Algorithm("diff", ("diff",), _whole("diff"), lambda factors, scale, weight: factors["diff"], also=("alpha",)),
-    Algorithm("set", ("set",), _whole("set"), lambda factors, scale, weight: factors["set"] - weight,
-              at=_replaced("set")),
-    Algorithm("bias", ("diff_b",), lambda shapes: (shapes["diff_b"][0], None),
-              lambda factors, scale, weight: factors["diff_b"],
-              lambda factors, scale, weight: [Bias(factors["diff_b"])]),
-    Algorithm("bias set", ("set_b",), lambda shapes: (shapes["set_b"][0], None),
-              lambda factors, scale, weight: factors["set_b"] - weight, at=_replaced("set_b")),
+    Algorithm("set", ("set",), _whole("set"),
+              lambda factors, scale, weight: _replaced("set")(factors, scale, weight, 1.0), at=_replaced("set")),
+    Algorithm("bias", ("diff_b",), _vector("diff_b"), lambda factors, scale, weight: _bias(factors, scale),
+              lambda factors, scale, weight: [Bias(_bias(factors, scale))]),
+    Algorithm("bias set", ("set_b",), _vector("set_b"),
+              lambda factors, scale, weight: _replaced("set_b")(factors, scale, weight, 1.0), at=_replaced("set_b")),
 )
 """To add an algorithm: its roles in `dialects.SUFFIXES`, a row here."""
 ON_BIAS = ("bias", "bias set")
@@ -301,6 +315,8 @@ OF_THE_BASE = ("GLoRA", "OFT", "OFTv2", "IA3", "set", "bias set")
 BY_ROWS: Mapping[str, tuple[str, ...]] = {"LoRA": ("up",), "LoHa": ("hada_w1_a", "hada_w2_a"), "diff": ("diff",),
                                           "set": ("set",)}
 """Where each row of the change comes from the same row of these, and of the weight."""
+VECTORS = ("diff", "set", "diff_b", "set_b", "magnitude", "rescale", "ia3", "on_input", "alpha", "reshape_weight")
+"""Roles that may have fewer than two axes."""
 CONSTRAINED = ("OFT",)
 """Here alpha bounds the rotation instead of scaling it."""
 

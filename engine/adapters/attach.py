@@ -26,7 +26,7 @@ from .adapter import Adapter
 from .algorithms import Rows
 from .reading import CONTROL_LAYER, Lora, misfit
 from .sidepath import NAME, Mask, Part, SidePath
-from .terms import Dense, Switched
+from .terms import Dense, Switched, SwitchedBias
 
 MODES = ("auto", "side", "merge")
 SIDE, MERGED, COPY = "side path", "merged", "merged copy"
@@ -74,19 +74,20 @@ Job = tuple[int, Adapter]
 @torch.no_grad()
 def attach(model: nn.Module, stack: Sequence[Entry], *, role: str = "transformer", mode: str = "auto",
            dtype: torch.dtype | None = None, device: torch.device | str | None = None,
-           skip_broken: bool = False) -> Attachment:
+           skip_broken: bool = False, source: layers.Source = layers.STORED) -> Attachment:
     """Applies the adapters for `role` of every entry to an engine model, or to one with the same names of layers.
 
     `mode`: `auto` as said above, `side` and `merge` everywhere they can be. `dtype`: of the side path; None takes each
     layer's own, fp32 for a packed one without 16-bit bias. `device`: where the model computes; weights elsewhere are
-    offloaded. Raises `BadInput`, before anything is changed, if the model carries LoRAs already, if a LoRA does not fit
-    (`skip_broken`: leaves those layers out), or if one has layers for this model and none of them is there.
+    offloaded. `source`: how side paths read the weights that they depend on. Raises `BadInput`, before anything is
+    changed, if the model carries LoRAs already, if a LoRA does not fit (`skip_broken`: leaves those layers out), or if
+    one has layers for this model and none of them is there.
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, not {mode!r}")
     if MARK in vars(model):
         raise BadInput("this model carries LoRAs already: detach them, or put all LoRAs into one stack")
-    made = Attachment(model, tuple(stack))
+    made = Attachment(model, tuple(stack), source)
     jobs = fitting(model, stack, role, made.applied, skip_broken)
     with ExitStack() as failed:
         failed.callback(made.detach)
@@ -175,8 +176,8 @@ def _fits_wide(adapter: Adapter, layer: Any) -> bool:
 class Attachment:
     """LoRAs on a model. `applied`: what became of each entry of the stack."""
 
-    def __init__(self, model: nn.Module, stack: tuple[Entry, ...]) -> None:
-        self.model, self.stack = model, stack
+    def __init__(self, model: nn.Module, stack: tuple[Entry, ...], source: layers.Source = layers.STORED) -> None:
+        self.model, self.stack, self.source = model, stack, source
         self.applied = [Applied(entry.lora.path.name) for entry in stack]
         self.strengths = [entry.strength for entry in stack]
         self.sigma: float | None = None
@@ -285,8 +286,10 @@ class Attachment:
             if any(adapter.outdone(other) for _, other in jobs[i + 1:]):
                 continue
             rows = adapter.destination.rows(size)
-            weight = _lazily(layer, rows, exact)
+            weight = _lazily(layer, rows, exact, self.source)
             terms = adapter.terms(weight, size[1], exact, layers.weight_of(layer).device)
+            if terms is None and adapter.on_bias:
+                terms = [SwitchedBias(adapter.change(layer.bias.detach()[rows].to(exact)))]
             if terms is None and not must:
                 return None
             if terms is None:
@@ -296,7 +299,7 @@ class Attachment:
         return parts
 
     def _side(self, module: str, layer: Any, parts: list[Part], dtype: torch.dtype, device: torch.device) -> None:
-        side = SidePath(parts, layer.out_features, dtype, device)
+        side = SidePath(parts, layer.out_features, dtype, device, self.source)
         side.stream = layers.stream_of(module)
         side.varies = any(self.stack[part.entry].schedule is not None for part in parts)
         hooks = [layer.register_forward_hook(side)]
@@ -347,13 +350,13 @@ class Attachment:
         return plain
 
 
-def _lazily(layer: Any, rows: slice, dtype: torch.dtype) -> Rows:
+def _lazily(layer: Any, rows: slice, dtype: torch.dtype, source: layers.Source) -> Rows:
     """Of the `rows` of a layer, those asked for."""
     of = range(*rows.indices(layers.size_of(layer)[0]))
 
     def read(tile: slice) -> Tensor:
         chosen = of[tile]
-        return layers.numbers(layer, slice(chosen.start, chosen.stop), dtype)
+        return source.numbers(layer, slice(chosen.start, chosen.stop), dtype)
 
     return read
 

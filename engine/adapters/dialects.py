@@ -87,8 +87,8 @@ SUFFIXES: tuple[Suffix, ...] = (
     *_suffixes("up", ".lora_up.weight", ".lora_linear_layer.up.weight", ".lora.up.weight", "_lora.up.weight",
                ".up.weight", ".lora_B", ".lora_up", *(f".lora_B{name}.weight" for name in ADAPTER_NAMES)),
     *_suffixes("mid", ".lora_mid.weight"),
-    *_suffixes("diff_b", ".diff_b", ".b_norm", ".bias.diff", ".lora_up.bias",
-               *(f".lora_B{name}.bias" for name in ADAPTER_NAMES)),
+    *_suffixes("diff_b", ".diff_b", ".b_norm", ".bias.diff"),
+    *_suffixes("up_b", ".lora_up.bias", *(f".lora_B{name}.bias" for name in ADAPTER_NAMES)),
     *_suffixes("alpha", ".alpha", ".lora_alpha", ".lora.alpha", ".network_alpha"),
     *_suffixes("magnitude", ".dora_scale", *(f".lora_magnitude_vector{name}{end}" for name in ADAPTER_NAMES
                                              for end in ("", ".weight"))),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -69,6 +70,25 @@ def product(layer: nn.Module, x: Tensor, rows: slice) -> Tensor:
     found = [F.linear(x, numbers(layer, slice(rows.start + tile.start, rows.start + tile.stop), x.dtype).to(x.device))
              for tile in tiles(rows.stop - rows.start, size_of(layer)[1])]
     return torch.cat(found, dim=-1)
+
+
+def bias(layer: Any, like: Tensor) -> Tensor | None:
+    """What the layer adds to its products, in `like`'s dtype and on its device."""
+    return None if layer.bias is None else layer.bias.to(like)
+
+
+@dataclass(frozen=True)
+class Source:
+    """How adapters read a layer: `numbers`, `product` and `bias` as above. A host that stores weights in its own way,
+    or changes them at each use, has its own."""
+
+    numbers: Callable[[Any, slice, torch.dtype], Tensor] = numbers
+    product: Callable[[Any, Tensor, slice], Tensor] = product
+    bias: Callable[[Any, Tensor], Tensor | None] = bias
+
+
+STORED = Source()
+"""As the layers hold them."""
 
 
 def stream_of(module: str) -> str | None:

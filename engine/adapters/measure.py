@@ -22,8 +22,9 @@ class Share:
     by_layer: dict[str, float] = field(default_factory=dict)
 
 
-def norm_share(model: nn.Module, lora: Lora, role: str = "transformer") -> Share:
-    """Reads every weight that the LoRA changes once, one layer at a time; biases are left out."""
+def norm_share(model: nn.Module, lora: Lora, role: str = "transformer", source: layers.Source = layers.STORED
+               ) -> Share:
+    """Reads every weight that the LoRA changes once, one layer at a time, by `source`; biases are left out."""
     changes: dict[str, float] = {}
     weights: dict[str, float] = {}
     for adapter in lora.of(role):
@@ -36,23 +37,25 @@ def norm_share(model: nn.Module, lora: Lora, role: str = "transformer") -> Share
         if wide or misfit(adapter.destination, adapter.size, size, False) is not None:
             continue
         if module not in weights:
-            weights[module] = _square(layers.numbers(layer, slice(0, size[0]), torch.float32))
+            weights[module] = _square(source.numbers(layer, slice(0, size[0]), torch.float32))
         # parts of a fused layer lie side by side; changes of the same rows are counted as if they did
-        changes[module] = changes.get(module, 0.0) + _change(adapter, layer, size)
+        changes[module] = changes.get(module, 0.0) + _change(adapter, layer, size, source)
     by_layer = {module: math.sqrt(change / weights[module]) if weights[module] else math.inf
                 for module, change in changes.items()}
     whole = sum(weights.values())
     return Share(math.sqrt(sum(changes.values()) / whole) if whole else 0.0, by_layer)
 
 
-def _change(adapter: Adapter, layer: nn.Module, size: tuple[int, ...]) -> float:
+def _change(adapter: Adapter, layer: nn.Module, size: tuple[int, ...], source: layers.Source) -> float:
     """The square of the length of an adapter's change; of a product of thin matrices without forming it."""
     if adapter.algorithm == "LoRA" and not {"magnitude", "mid"} & set(adapter.factors):
         found = adapter.numbers(torch.float64, "cpu")
         inner = (found["up"].T @ found["up"]) * (found["down"] @ found["down"].T)
         return float(inner.sum()) * adapter.scale ** 2
-    return _square(adapter.change(layers.numbers(layer, adapter.destination.rows(size), torch.float32)))
+    return _square(adapter.change(source.numbers(layer, adapter.destination.rows(size), torch.float32)))
 
 
 def _square(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+    """Of the length; summed up in fp64 on the CPU, which not every device has."""
+    rows = torch.linalg.vector_norm(values.flatten(1) if values.ndim > 1 else values[:, None], dim=1)
+    return float(torch.linalg.vector_norm(rows.cpu(), dtype=torch.float64)) ** 2

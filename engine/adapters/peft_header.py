@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..weights.header import show
+from .algorithms import Mismatch
+
 KEY = "lora_adapter_metadata"
 ROLES = {"transformer": "transformer.", "clip_l": "text_encoder.", "t5": "text_encoder_2."}
 """Model -> prefix of its entries (huggingface/diffusers, loaders/lora_base.py)."""
+_NAME = re.compile(r"(\^?)([\w.-]+)\$?")
 
 
 @dataclass(frozen=True)
@@ -33,10 +38,16 @@ class PeftHeader:
         return self.entries.get(ROLES[role] + name, bare)
 
     def alpha(self, role: str, stem: str) -> float | None:
-        """Of the layer spelled `stem` in the file; None if the header does not say."""
+        """Of the layer spelled `stem` in the file; None if the header does not say. Mismatch for a layer that a regular
+        expression may mean: PEFT searches with them, and one from a file could search for ever."""
+        layer = stem.removeprefix(ROLES[role])
         pattern = self._entry(role, "alpha_pattern")
-        for name, value in pattern.items() if isinstance(pattern, dict) else ():
-            if stem == name or stem.endswith(f".{name}"):
+        for text, value in pattern.items() if isinstance(pattern, dict) else ():
+            found = _NAME.fullmatch(text)
+            if found is None:
+                raise Mismatch(f"the header's alpha_pattern {show(text)} is a regular expression, expected a layer's "
+                               "name")
+            if layer == found[2] or (not found[1] and layer.endswith(f".{found[2]}")):
                 return _number(value)
         return _number(self._entry(role, "lora_alpha"))
 

@@ -22,7 +22,7 @@ from ..weights.containers import torch_dtype
 from ..weights.header import show
 from . import refusals
 from .adapter import Adapter
-from .algorithms import ALGORITHMS, CONSTRAINED, ON_BIAS, Algorithm, Mismatch, is_on_input
+from .algorithms import ALGORITHMS, CONSTRAINED, ON_BIAS, VECTORS, Algorithm, Mismatch, is_on_input
 from .dialects import Place, place, skipped
 from .peft_header import PeftHeader
 from .report import EXAMPLES, Report, header_facts
@@ -213,15 +213,20 @@ def _drafts(checkpoint: Checkpoint, places: Mapping[str, Place], options: Option
 
 def _of_stem(checkpoint: Checkpoint, found: Place, roles: dict[str, str], header: PeftHeader, options: Options
              ) -> tuple[list[Draft], list[str]]:
-    drafts, problems = [], []
+    drafts: list[Draft] = []
+    problems: list[str] = []
     left = set(roles)
     for algorithm, destination, used in _recognised(found.destination, roles):
         keys = {role: roles[key_role] for role, key_role in used.items()}
         left -= set(used.values())
         try:
-            drafts.append(_draft(checkpoint, found, algorithm, destination, keys, header, options))
+            draft = _draft(checkpoint, found, algorithm, destination, keys, header, options)
         except Mismatch as error:
             problems.append(f"{show(found.stem)}: {error}")
+            continue
+        if used.get("diff_b") == "up_b":
+            draft = replace(draft, scale=next((one.scale for one in drafts if one.algorithm.name == "LoRA"), 1.0))
+        drafts.append(draft)
     left -= {"alpha", *LOSSY}
     if left:
         names = ", ".join(show(roles[role]) for role in sorted(left))
@@ -243,6 +248,8 @@ def _recognised(destination: Destination, roles: Mapping[str, str]
         taken = algorithm.taken(set(roles))
         if taken:
             yield algorithm, destination, {role: role for role in taken}
+    if "up_b" in roles:
+        yield next(row for row in ALGORITHMS if row.name == "bias"), destination, {"diff_b": "up_b"}
 
 
 def _draft(checkpoint: Checkpoint, found: Place, algorithm: Algorithm, destination: Destination,
@@ -251,11 +258,15 @@ def _draft(checkpoint: Checkpoint, found: Place, algorithm: Algorithm, destinati
     for role, key in keys.items():
         if torch_dtype(checkpoint[key].format) is None or 0 in shapes[role]:
             raise Mismatch(f"{role} is {checkpoint[key].format} {list(shapes[role])}, expected numbers")
+        if len(shapes[role]) < 2 and role not in VECTORS:
+            raise Mismatch(f"{role} {list(shapes[role])} is no matrix")
     size = _ia3_size(checkpoint, keys) if algorithm.name == "IA3" else algorithm.extent(shapes)
     _check_vectors(shapes, size)
     rank = algorithm.rank(shapes)
     alpha = None if options.ignore_alpha or "alpha" not in keys else _alpha(checkpoint[keys["alpha"]])
     if algorithm.name in CONSTRAINED:
+        if alpha is not None and math.isnan(alpha):
+            raise Mismatch("alpha is nan, expected the bound of a rotation")
         return Draft(found, algorithm, destination, keys, size, None, alpha, alpha or 0.0)
     scale, alpha = _scale(rank, alpha, header, found, options)
     if options.split_fix and found.dialect == "kohya" and algorithm.name == "LoRA" and rank:
@@ -297,7 +308,7 @@ def _scale(rank: int | None, alpha: float | None, header: PeftHeader, found: Pla
     if alpha is not None:
         return (alpha / rank if alpha != 0 else 1.0), alpha
     told = header.alpha(found.destination.role, found.stem)
-    return (1.0, None) if told is None else (told / header.divisor(found.destination.role, rank), told)
+    return (1.0, told) if not told else (told / header.divisor(found.destination.role, rank), told)
 
 
 def _base(drafts: Sequence[Draft]) -> tuple[Base, dict[int, str], str | None]:
@@ -344,8 +355,6 @@ def _notes(checkpoint: Checkpoint, drafts: Sequence[Draft], report: Report) -> I
                "(FLUX.1 Depth or Canny)")
     if any(draft.destination.role != "transformer" for draft in drafts):
         yield "it changes text encoders too: connect CLIP, or these layers have no effect"
-    if any(draft.alpha == math.inf for draft in drafts):
-        yield "alpha is infinite in fp16 where it has no effect (full-rank LoKr)"
 
 
 def _by_destination(drafts: Sequence[Draft]) -> dict[str, set[str]]:

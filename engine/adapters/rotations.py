@@ -17,9 +17,10 @@ NEUMANN_TERMS = 5
 
 def cayley(skew: Tensor) -> Tensor:
     """R `(..., b, b)` of skew-symmetric matrices."""
+    home, skew = skew.device, skew.cpu() if skew.device.type == "mps" else skew  # which cannot solve in older torch
     one = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
     turned: Tensor = torch.linalg.solve(one - skew, one + skew, left=False)
-    return turned
+    return turned.to(home)
 
 
 def of_blocks(blocks: Tensor, constraint: float) -> Tensor:

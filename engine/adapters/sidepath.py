@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import BadInput
-from .layers import product
+from .layers import STORED, Source
 from .terms import Dense, Kron, LowRank, Term
 
 PAD = 16
@@ -52,8 +52,9 @@ class SidePath(nn.Module):
     strength: Tensor
 
     def __init__(self, parts: Sequence[Part], out_features: int, dtype: torch.dtype,
-                 device: torch.device | str) -> None:
+                 device: torch.device | str, source: Source = STORED) -> None:
         super().__init__()
+        self.source = source
         numbers = torch.float64 if dtype == torch.float64 else torch.float32
         self.entries = tuple(dict.fromkeys(part.entry for part in parts))
         self.out_features = out_features
@@ -161,15 +162,18 @@ class SidePath(nn.Module):
         tokens = None if self.mask is None else self._token_strengths(given)
         plain = None
         if self.needs_plain:  # before anything is added
-            bias: Tensor | None = layer.bias  # type: ignore[assignment]
-            plain = flat.clone() if bias is None else flat - bias.to(flat)
+            bias = self.source.bias(layer, flat)
+            plain = flat.clone() if bias is None else flat - bias
         if self.down is not None:
             self._low_rank(x, flat, tokens)
         for (entry, rows), term in zip(self.rows, self.terms, strict=True):
             strength = self.strength[entry] if tokens is None else tokens[:, entry, None]
             cast(Term, term).add(flat[:, rows], x, None if plain is None else plain[:, rows],
-                                 partial(product, layer, rows=rows), strength)
+                                 partial(self._product, layer, rows), strength)
         return out
+
+    def _product(self, layer: nn.Module, rows: slice, x: Tensor) -> Tensor:
+        return self.source.product(layer, x, rows)
 
     def _low_rank(self, x: Tensor, flat: Tensor, tokens: Tensor | None) -> None:
         assert self.down is not None

@@ -154,3 +154,10 @@ class Bias(Term):
 
     def add(self, out: Tensor, x: Tensor, plain: Tensor | None, product: Product, strength: Tensor) -> None:
         out.add_((strength * self.vector).to(out))
+
+
+class SwitchedBias(Bias):
+    """The whole of `vector` at any strength but 0."""
+
+    def add(self, out: Tensor, x: Tensor, plain: Tensor | None, product: Product, strength: Tensor) -> None:
+        super().add(out, x, plain, product, (strength != 0).to(strength.dtype))

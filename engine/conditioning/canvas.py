@@ -78,10 +78,8 @@ def overlaps(size: int, before: int, after: int, overlap: int) -> tuple[int, int
 def outpaint_to(image: Tensor, pads: Pads, *, aspect: tuple[int, int] | None = None, multiple: int = 16,
                 overlap: int = 16, fill: str = "grey") -> tuple[Tensor, Tensor, Notes]:
     """`outpaint` with the pads that `pads_for` makes of these for the picture."""
-    picture, told = read_picture(image)
-    made, mask, notes = outpaint(picture, pads_for(picture.shape[2], picture.shape[1], pads, aspect=aspect,
-                                                   multiple=multiple), overlap=overlap, fill=fill)
-    return made, mask, [*told, *notes]
+    height, width = read_picture(image)[0].shape[1:3]
+    return outpaint(image, pads_for(width, height, pads, aspect=aspect, multiple=multiple), overlap=overlap, fill=fill)
 
 
 def outpaint(image: Tensor, pads: Pads, *, overlap: int = 16, fill: str = "grey") -> tuple[Tensor, Tensor, Notes]:

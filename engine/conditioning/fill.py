@@ -45,8 +45,7 @@ def prepare(image: Tensor, mask: Tensor, *, binary: bool = False, size: str = PA
     _check_covered(cover)
     cover, more = fit_mask(cover, picture.shape[1:3])
     notes += [*told, *more, *_polarity(image, cover)]
-    cover = (cover >= HALF).float() if binary else cover
-    _check_covered(cover)
+    cover = _halved(cover) if binary else cover
     picture, cover = one_batch(image=picture, mask=cover)
     height, width = picture.shape[1:3]
     wide, high, how = made_size(width, height, size)
@@ -60,7 +59,7 @@ def prepare(image: Tensor, mask: Tensor, *, binary: bool = False, size: str = PA
         else:
             picture = stretched(picture, high, wide)
             cover = stretched(cover[..., None], high, wide, "bilinear")[..., 0]
-            cover = (cover >= HALF).float() if binary else cover
+            cover = _halved(cover) if binary else cover
     if bool((cover == 1).all()):
         notes.append("the mask covers the whole picture: nothing of it is kept. If that is not meant, invert the mask")
     masked = HALF + (picture - HALF) * (1 - cover[..., None])
@@ -93,12 +92,21 @@ def made_size(width: int, height: int, size: str) -> tuple[int, int, str]:
 TOLD = {PAD: "extended by its edge to", STRETCH: "stretched to"}
 
 
-def _check_covered(mask: Tensor) -> None:
-    empty = [number for number, item in enumerate(mask, start=1) if not item.any()]
+OTHER_CHANNEL = ("Was it painted into another channel (Load Image gives the alpha channel; masks painted red need "
+                 "Convert Image to Mask), or inverted?")
+
+
+def _check_covered(mask: Tensor, problem: str = "is empty", advice: str = OTHER_CHANNEL) -> None:
+    empty = [str(number) for number, item in enumerate(mask, start=1) if not item.any()]
     if empty:
-        which = "is empty" if len(empty) == len(mask) else f"is empty in item {', '.join(map(str, empty))}"
-        raise BadInput(f"the mask {which}: there is nothing to paint. Was it painted into another channel (Load Image "
-                       "gives the alpha channel; masks painted red need Convert Image to Mask), or inverted?")
+        where = "" if len(empty) == len(mask) else f" in item {', '.join(empty)}"
+        raise BadInput(f"the mask {problem}{where}: there is nothing to paint. {advice}")
+
+
+def _halved(mask: Tensor) -> Tensor:
+    made = (mask >= HALF).float()
+    _check_covered(made, "nowhere reaches one half", "Take it soft, or make it whiter")
+    return made
 
 
 def _polarity(image: Tensor, mask: Tensor) -> Notes:

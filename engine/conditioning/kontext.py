@@ -120,9 +120,10 @@ def edited(positive: Conditioning, images: Sequence[Tensor | None], encode: Call
         latent = {"samples": first.expand(batch, -1, -1, -1).clone(), "noise_mask": mask}
     grid = grid_of(latent["samples"])
     values: dict[str, Any] = {"guidance": settings.guidance} if settings.guidance else {}
-    roles = {"positive": positive, "negative": zeroed(positive) if negative is None else negative}
-    made = [[carrying(text, entry, latents, METHODS[settings.layout], grid)
-             for text, entry in with_values(one, values, role)] for role, one in roles.items()]
+    prompt = with_values(positive, values)
+    other = zeroed(prompt) if negative is None else with_values(negative, values, "negative")
+    made = [[carrying(text, entry, latents, METHODS[settings.layout], grid) for text, entry in one]
+            for one in (prompt, other)]
     return Edit(made[0], made[1], latent, size, "\n".join([*lines, *told(size, batch, latents, positive, settings)]))
 
 
@@ -147,11 +148,9 @@ def told(size: Size, batch: int, latents: list[Tensor], positive: Conditioning, 
 # ----------------------------------------------------------------------------------------------------------- pictures
 
 def checked(image: Tensor, name: str, lines: list[str]) -> Tensor:
-    """The picture's colours in 0..1."""
+    """The picture's colours, clamped to 0..1."""
     colours, notes = read_picture(image, name)
     lines += notes
-    if not 0 <= float(colours.min()) <= float(colours.max()) <= 1:
-        lines.append(f"{name}: values outside 0 ... 1 are clamped")
     return colours.clamp(0, 1)
 
 

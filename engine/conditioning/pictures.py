@@ -6,6 +6,7 @@ is `[[cond, {key: value}], ...]`. Notes are sentences for the user on what was c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,12 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import BadInput, NotFinite
-from .resample import along
+from ..specs import FLUX_AE
+from .resample import along, check_size, doubled
 
 Notes = list[str]
 Entries = Sequence[Sequence[Any]]
 SAME_ASPECT = 0.01
 """How far two aspects may differ for a mask to be stretched to its picture."""
+HALF_LEVEL = 0.5 / 255
+TOKEN = 2 * FLUX_AE.downscale
+"""Pixels of a token, each way."""
 
 
 def read_picture(image: Any, what: str = "image") -> tuple[Tensor, Notes]:
@@ -43,7 +48,17 @@ def read_colours(image: Any, what: str = "image") -> tuple[Tensor, Notes]:
     if image.shape[-1] == 1:
         image = image.expand(*image.shape[:-1], 3)
         notes.append(f"{what}: one channel, used for red, green and blue")
-    return image[..., :3].float(), notes
+    picture = image[..., :3].float()
+    return picture, [*notes, *beyond(picture, what)]
+
+
+def beyond(picture: Tensor, what: str = "image") -> Notes:
+    """What to say of a picture whose values leave 0..1 by half a level of 255 or more; of NaN others tell."""
+    low, high = (float(end) for end in torch.aminmax(picture))
+    if not math.isfinite(high - low) or (low > -HALF_LEVEL and high < 1 + HALF_LEVEL):
+        return []
+    advice = ". Divide a picture of 0 ... 255 by 255 first" if high > 2 else ""
+    return [f"{what}: its values go from {low:g} to {high:g}, those of a picture from 0 to 1{advice}"]
 
 
 def read_mask(mask: Any, what: str = "mask", *, repair: bool = False) -> tuple[Tensor, Notes]:
@@ -85,6 +100,29 @@ def fit_mask(mask: Tensor, size: Sequence[int], what: str = "mask") -> tuple[Ten
     return fitted[:, 0], [f"{what}: stretched from {old[1]} x {old[0]} to {new[1]} x {new[0]}"]
 
 
+def to_encode(image: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Notes]:
+    """What there is to say of a picture that is encoded as it is, cut to whole latent pixels, and its mask in 0..1,
+    which a sampler stretches to the latent. BadInput, NotFinite."""
+    picture, notes = read_picture(image)
+    old = picture.shape[1:3]
+    high, wide = (side // FLUX_AE.downscale * FLUX_AE.downscale for side in old)
+    if (high, wide) != old:
+        notes.append(f"image: {old[1]} x {old[0]} is cut to {wide} x {high}")
+    if high % TOKEN or wide % TOKEN:
+        notes.append(f"image: {wide} x {high} is no multiple of {TOKEN}: half a token at its right or lower edge shows "
+                     "the opposite edge while it is sampled")
+    if mask is None:
+        return None, notes
+    made, told = read_mask(mask)
+    if not made.any():
+        told.append("the mask is empty: a sampler will change nothing. (Load Image gives such a mask for a picture "
+                    "without transparency.)")
+    elif not same_aspect(made.shape[-2:], old):
+        told.append(f"the mask is {made.shape[-1]} x {made.shape[-2]}, another aspect than the picture's: it will be "
+                    "stretched")
+    return made, [*notes, *told]
+
+
 def same_aspect(one: Sequence[int], other: Sequence[int], slack: float = SAME_ASPECT) -> bool:
     """Whether two sizes (height, width) have the same aspect, but for `slack`."""
     return abs(one[0] * other[1] / (one[1] * other[0]) - 1) <= slack
@@ -101,14 +139,15 @@ def one_batch(**tensors: Tensor) -> list[Tensor]:
 
 def stretched(image: Tensor, height: int, width: int, name: str = "bicubic") -> Tensor:
     """`(B, h, w, C)` -> `(B, height, width, C)` fp32 in 0..1, antialiased, with no 8-bit step between. Of the same
-    size: the very values."""
+    size: the very values. BadInput."""
     if image.shape[1:3] == (height, width):
         return image
-    out = image.double()
+    check_size(image.shape[1:3], (height, width))
+    out = doubled(image)
     for axis, size in ((2, width), (1, height)):
         if out.shape[axis] != size:
             out = along(out, axis, size, name)
-    return out.float().clamp(0, 1)
+    return out.float().clamp(0, 1).to(image.device)
 
 
 def extended(image: Tensor, height: int, width: int) -> Tensor:

@@ -34,7 +34,7 @@ from .attention import (
     stretched,
     with_text,
 )
-from .pictures import read_mask, same_aspect
+from .pictures import beyond, read_mask, same_aspect
 
 Conditioning = Sequence[Sequence[Any]]
 STRETCH, CROP, LETTERBOX = "stretch", "crop", "letterbox"
@@ -102,7 +102,7 @@ def restyled(conditioning: Conditioning, images: Tensor, see: Callable[[Tensor, 
     pictures, weight = fitted(images, subject, settings.fit)
     states = see(pictures, settings.fit == CROP)
     tokens, line = condensed(project(states), weight, settings)
-    notes += [line] if images.shape[-1] == 3 else [line, "the alpha channel is not looked at"]
+    notes += [*beyond(images[..., :3]), line] + ["the alpha channel is not looked at"] * (images.shape[-1] != 3)
     if latents is not None and latents.ndim != 4:
         raise BadInput(f"a latent must be (batch, channels, height/8, width/8), found {tuple(latents.shape)}")
     grid = None if latents is None else grid_of(latents)
@@ -176,7 +176,7 @@ def shares(old: int, new: int) -> Tensor:
 
 def averaged(mask: Tensor, height: int, width: int) -> Tensor:
     """`(..., h, w)` -> `(..., height, width)` fp64: the mean over each cell, to the fraction of a pixel."""
-    return shares(mask.shape[-2], height) @ mask.double().cpu() @ shares(mask.shape[-1], width).T
+    return shares(mask.shape[-2], height) @ mask.cpu().double() @ shares(mask.shape[-1], width).T
 
 
 def condensed(tokens: Tensor, weight: Tensor | None, settings: Settings) -> tuple[Tensor, str]:
@@ -199,7 +199,7 @@ def condensed(tokens: Tensor, weight: Tensor | None, settings: Settings) -> tupl
     amount = torch.ones(1, side, side, dtype=torch.float64) if weight is None else averaged(weight, side, side)
     amount = amount.expand(batch, -1, -1)
     down = shares(side, detail)
-    grid = tokens.double().cpu().reshape(batch, side, side, width)
+    grid = tokens.cpu().double().reshape(batch, side, side, width)
     total = torch.einsum("ij,bjk,lk->bil", down, amount, down)  # (B, detail, detail)
     values = torch.einsum("ij,bjk,bjkd,lk->bild", down, amount, grid, down)
     groups = batch // several

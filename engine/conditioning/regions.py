@@ -27,6 +27,7 @@ from .pictures import (
     same_aspect,
     stretched,
 )
+from .resample import doubled
 
 MULTIPLES = (16, 32)
 MEGAPIXEL = 1024 * 1024
@@ -280,11 +281,11 @@ def matched(edit: Tensor, original: Tensor, outside: Tensor, amount: float) -> t
                          f"than {ENOUGH}. Give Region Crop more context")
             made.append(now)
             continue
-        seen, wanted = now[usable].double(), before[usable].double()          # (n, 3)
+        seen, wanted = doubled(now[usable]), doubled(before[usable])          # (n, 3)
         gain = torch.where(seen.std(0) > FLAT, wanted.std(0) / seen.std(0).clamp(min=FLAT), 1.0)
         gain = gain.clamp(1 / MAX_GAIN, MAX_GAIN)
         offset = wanted.mean(0) - gain * seen.mean(0)
-        fitted = (now.double() * gain + offset).clamp(0, 1).float()
+        fitted = (doubled(now) * gain + offset).clamp(0, 1).float().to(now.device)
         made.append(torch.lerp(now, fitted, min(amount, 1.0)))
         notes.append(f"picture {number}: colours of the edit moved by {_levels(wanted.mean(0) - seen.mean(0), amount)} "
                      "levels of 255")

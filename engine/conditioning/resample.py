@@ -8,17 +8,20 @@ answer is PIL's bit for bit. Source of the filters: python-pillow/Pillow, src/li
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from ..errors import BadInput
 
 LEVELS = 255
 EIGHT_BITS = 1e-4
 """How far from a level a value may be to count as one of 8 bits, in levels; fp32 has 2e-5 there."""
 WHOLE = 1 << 22
 """One, in the whole numbers that PIL's weights are."""
+MAX_PIXELS = 64 << 20
 
 
 def _lanczos(x: Tensor) -> Tensor:
@@ -55,27 +58,40 @@ def taps(old: int, new: int, name: str) -> tuple[Tensor, Tensor]:
     return first, values / values.sum(1, keepdim=True)
 
 
+def doubled(tensor: Tensor) -> Tensor:
+    """fp64, on the CPU where the device has none."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 def is_8bit(image: Tensor) -> bool:
     """Whether every value is a multiple of 1/255 in 0..1."""
-    levels = image.double() * LEVELS
+    levels = doubled(image) * LEVELS
     inside = bool((levels >= -EIGHT_BITS).all()) and bool((levels <= LEVELS + EIGHT_BITS).all())
     return inside and bool(((levels - levels.round()).abs() <= EIGHT_BITS).all())
+
+
+def check_size(old: Sequence[int], new: Sequence[int]) -> None:
+    """BadInput for a picture (height, width) that would grow beyond what pictures may be."""
+    if new[0] * new[1] > max(MAX_PIXELS, old[0] * old[1]):
+        raise BadInput(f"a picture of {old[1]} x {old[0]} would become {new[1]} x {new[0]}, more than "
+                       f"{MAX_PIXELS >> 20} megapixels. Choose a smaller size, or cut the picture to another aspect")
 
 
 def resize(image: Tensor, height: int, width: int, name: str = "lanczos") -> Tensor:
     """IMAGE `(B, h, w, C)` -> `(B, height, width, C)` fp32, stretched. Of the same size: the very values.
 
-    A picture of 8 bits stays one. Others keep their precision, and stay within 0..1 if they were.
+    A picture of 8 bits stays one. Others keep their precision, and stay within 0..1 if they were. BadInput.
     """
     if image.shape[1:3] == (height, width):
         return image.float()
-    eight, levels = is_8bit(image), image.double() * LEVELS
+    check_size(image.shape[1:3], (height, width))
+    eight, levels = is_8bit(image), doubled(image) * LEVELS
     levels = levels.round() if eight else levels
     low, high = (0.0, float(LEVELS)) if eight else (min(0.0, float(levels.min())), max(LEVELS, float(levels.max())))
     for axis, size in ((2, width), (1, height)):  # across first, as PIL until its version 12
         if levels.shape[axis] != size:
             levels = along(levels, axis, size, name, eight).clamp_(low, high)
-    return (levels / LEVELS).float()
+    return (levels / LEVELS).float().to(image.device)
 
 
 def along(levels: Tensor, axis: int, size: int, name: str, whole: bool = False) -> Tensor:

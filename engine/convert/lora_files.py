@@ -412,6 +412,9 @@ class _Work:
         scale = pair.scale
         if not self.fold:
             alpha = torch.tensor(pair.scale * pair.rank, dtype=torch.float32)
+            if not bool(alpha.isfinite()):
+                raise NotFinite(f"{unit.stem}.alpha: {pair.scale * pair.rank:.3g} does not fit fp32; choose a smaller "
+                                "strength")
             self.tensors[f"{unit.stem}.alpha"] = alpha
             scale = float(alpha.double()) / pair.rank
         return Pair(pair.rows, down.double(), up.double(), scale)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -32,13 +33,19 @@ class Deviation:
     total: float = 0.0
 
     def add(self, before: Tensor, after: Tensor) -> None:
-        self.difference += float((after - before).square_().sum())
-        self.total += float(before.square().sum())
+        self.difference += _sum_of_squares(after - before)
+        self.total += _sum_of_squares(before)
 
     @property
     def relative(self) -> float:
         """Root mean square of the differences over that of the weights."""
         return math.sqrt(self.difference / self.total) if self.total > 0 else 0.0
+
+
+def _sum_of_squares(values: Tensor) -> float:
+    largest = float(torch.stack(values.aminmax()).abs().max())
+    # in units of the largest: the square of an fp32 number need not fit fp32
+    return float((values / largest).square_().sum()) * largest**2 if largest else 0.0
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import BadInput, FluxKitError
+from ..weights.header import size_text
 
 
 def check_target(target: Path, suffixes: Sequence[str], what: str, force: bool) -> None:
@@ -36,7 +37,7 @@ def check_space(target: Path, needed: int, smaller: str) -> None:
     """FluxKitError unless `needed` bytes fit on the disk; `smaller`: what would take less."""
     free = shutil.disk_usage(target.parent).free
     if free < needed:
-        raise FluxKitError(f"{target}: {needed / 1e9:.2f} GB are needed on this disk, {free / 1e9:.2f} GB are free; "
+        raise FluxKitError(f"{target}: {size_text(needed)} are needed on this disk, {size_text(free)} are free; "
                            f"make room, choose {smaller}, or name a file on another disk", file=target)
 
 
@@ -44,7 +45,8 @@ def check_space(target: Path, needed: int, smaller: str) -> None:
 def complete_or_gone(target: Path, check: Callable[[], None]) -> Iterator[BinaryIO]:
     """A file beside `target` that takes its name once all is written to the disk, and is removed if it is not.
 
-    `check`: looks at `target` once more before that, since a file may have come into being meanwhile.
+    `check`: looks at `target` once more before that, since a file may have come into being meanwhile. FluxKitError for
+    what the system refuses.
     """
     partial = target.with_name(f".flux-kit-{secrets.token_hex(6)}.part")
     try:
@@ -54,5 +56,11 @@ def complete_or_gone(target: Path, check: Callable[[], None]) -> Iterator[Binary
             os.fsync(file.fileno())
         check()
         os.replace(partial, target)
+    except OSError as error:
+        if isinstance(error, FluxKitError):
+            raise
+        raise FluxKitError(f"{target}: it could not be written ({error.strerror or error}), and nothing of it is left. "
+                           "Make sure that the disk has room, that the folder may be written to, and that no program "
+                           "uses a file of this name", file=target) from error
     finally:
         partial.unlink(missing_ok=True)

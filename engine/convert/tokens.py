@@ -33,6 +33,9 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 UNUSED_SCORE = -10000.0
 SPECIAL = {"eos_token_id": "</s>", "unknown_token_id": "<unk>", "padding_token_id": "<pad>"}
 
+LARGEST = 2**32 - 1
+"""Of the whole numbers that are written."""
+
 SPIECE_TENSOR = "spiece_model"
 
 Metadata = dict[str, Value | Array]
@@ -88,7 +91,8 @@ def _typed(key: str, value: str) -> Value:
     """Metadata is read as text: flags and numbers become themselves again."""
     if value in ("true", "false"):
         return value == "true"
-    return int(value) if key.endswith(("_id", "_count")) and value.isdecimal() else value
+    number = key.endswith(("_id", "_count")) and value.isdecimal() and len(value) <= len(str(LARGEST))
+    return int(value) if number and int(value) <= LARGEST else value
 
 
 def from_json(text: str, rows: int, path: Path) -> Metadata:

@@ -65,7 +65,8 @@ def device_free(device: torch.device) -> int | None:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return max(0, torch.cuda.mem_get_info(device)[0] + unused - RESERVE)
     if device.type == "mps":
-        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory() - RESERVE)
+        total = device_total(device)
+        return None if total is None else max(0, total - torch.mps.driver_allocated_memory() - RESERVE)
     return host_free() if device.type == "cpu" else None
 
 
@@ -73,36 +74,52 @@ def device_total(device: torch.device) -> int | None:
     """All its memory; None for a CPU and where it cannot be told."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
-    return int(torch.mps.recommended_max_memory()) if device.type == "mps" else None
+    if device.type == "mps" and hasattr(torch.mps, "recommended_max_memory"):  # since torch 2.5
+        return int(torch.mps.recommended_max_memory())
+    return None
 
 
-def host_free() -> int | None:
-    """Bytes that programs can take without swapping, within the limit of a container. None: it cannot be told."""
+def host_free(swap: bool = False) -> int | None:
+    """Bytes that programs can take without swapping, or with it, within the limit of a container. None: it cannot be
+    told."""
     if sys.platform == "win32":
-        return _windows_free()
-    known = [value for value in (_linux_free(), _container_free()) if value is not None]
+        return _windows_free(swap)
+    known = [value for value in (_linux_free(swap), _container_free(swap)) if value is not None]
     return min(known, default=None)
 
 
-def _linux_free(table: Path = Path("/proc/meminfo")) -> int | None:
+def _linux_free(swap: bool, table: Path = Path("/proc/meminfo")) -> int | None:
     try:
-        lines = table.read_text(encoding="ascii").splitlines()
+        rows = dict(line.split(":", 1) for line in table.read_text(encoding="ascii").splitlines())
     except OSError:
         return None
-    found = [line.split() for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0][1]) * 1024 if found else None
+    names = ("MemAvailable", "SwapFree") if swap else ("MemAvailable",)
+    return sum(int(rows[name].split()[0]) * 1024 for name in names) if rows.keys() >= set(names) else None
 
 
-def _container_free(folder: Path = CGROUP) -> int | None:
-    """What a container's limit leaves; pages of files that can be dropped count as free."""
-    try:
-        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
-        used = int((folder / "memory.current").read_text(encoding="ascii"))
-        pages = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
-    except (OSError, ValueError):
+def _container_free(swap: bool, folder: Path = CGROUP) -> int | None:
+    """What a container's limits leave; pages of files that can be dropped count as free."""
+    memory = _left(folder, "memory")
+    if memory is None:
         return None
-    dropped = int(pages.get("inactive_file", 0)) + int(pages.get("active_file", 0))
-    return max(0, int(limit) - used + dropped) if limit.isdecimal() else None
+    try:
+        pages = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+    except OSError:
+        return None
+    memory += int(pages.get("inactive_file", 0)) + int(pages.get("active_file", 0))
+    if swap:
+        more = _left(folder, "memory.swap")
+        return None if more is None else max(0, memory + more)
+    return max(0, memory)
+
+
+def _left(folder: Path, what: str) -> int | None:
+    """Limit less use, None where there is no limit."""
+    try:
+        limit, used = ((folder / f"{what}.{name}").read_text(encoding="ascii").strip() for name in ("max", "current"))
+    except OSError:
+        return None
+    return int(limit) - int(used) if limit.isdecimal() else None
 
 
 class _MemoryStatus(ctypes.Structure):
@@ -112,9 +129,9 @@ class _MemoryStatus(ctypes.Structure):
                     "extended")]]
 
 
-def _windows_free() -> int | None:
+def _windows_free(swap: bool) -> int | None:
     status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
     library = getattr(ctypes, "windll", None)
     if library is None or not library.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
         return None
-    return int(status.available)
+    return int(status.available_page if swap else status.available)

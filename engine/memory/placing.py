@@ -223,11 +223,10 @@ class Placed:
                 continue
             self._check()
             buffer = self._take(unit.nbytes)
-            views = unit.views(buffer)
-            for weight, view in zip(unit.weights, views, strict=True):
+            self._resident.append(unit)  # before its weights move, so that all go home if one cannot
+            for weight, view in zip(unit.weights, unit.views(buffer), strict=True):
                 view.copy_(weight.home)
                 weight.put(view)
-            self._resident.append(unit)
         if self._order:
             self._lane = lane_to(self._device.torch_device)
             self._slots = [self._take(max(unit.nbytes for unit in self._order)) for _ in range(min(2, len(chosen)))]

@@ -71,8 +71,9 @@ def plan(parts: Mapping[str, PartWeights], activations: Activations, device_free
     present = {stage: joined([parts[role] for role in roles if role in parts]) for stage, roles in STAGES.items()
                if any(role in parts for role in roles)}
     if host_free is not None and made > host_free:
-        raise NotEnoughMemory("loading", made - host_free, "host memory", "Use files of the precision that is "
-                              "computed in, or packed ones (GGUF, fp8), which are not copied; or close other programs")
+        raise NotEnoughMemory("loading", made - host_free, "host memory", "Use files in BFL's layout and of the "
+                              "precision that is computed in, or packed ones (GGUF, fp8), which are not copied; or "
+                              "close other programs")
     if device_free is None or mode == "cpu":
         stages = tuple(Stage(name, part.total, need[name] + part.scratch, len(part.blocks), on_device=False)
                        for name, part in present.items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,10 +34,13 @@ TABLE_RESERVE = 1 / 40
 """The same of the weights of blocks alone, which are most of these."""
 SCALES = ("scale_weight", "weight_scale")
 _ORDER = ("double_blocks", "transformer_blocks", "single_blocks", "single_transformer_blocks", "encoder.block")
-_BLOCK = re.compile(rf"^({'|'.join(map(re.escape, _ORDER))})\.(\d+)\.")
+_BLOCK = re.compile(rf"^({'|'.join(map(re.escape, _ORDER))})\.(\d{{1,9}})\.")
 _MODULATIONS = ("img_mod.lin.weight", "txt_mod.lin.weight", "modulation.lin.weight", "norm1.linear.weight",
                 "norm1_context.linear.weight", "norm.linear.weight")
-_FUSED = re.compile(r"\.(?:to_[qkv]|proj_mlp|add_[qkv]_proj)\.weight$")
+_FUSED = re.compile(r"\.(?:to_[qkv]|proj_mlp|add_[qkv]_proj)\.(weight|bias)$")
+_SWAPPED = "norm_out.linear."
+"""diffusers keeps the halves of this layer the other way round."""
+_STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 class Info(Protocol):
@@ -49,6 +52,8 @@ class Info(Protocol):
     def format(self) -> str: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def is_mapped(self) -> bool: ...
 
 
 class Part(Protocol):
@@ -64,7 +69,8 @@ class Part(Protocol):
 class PartWeights:
     """Bytes of one part. `rest` is what is needed all the time, `blocks` the weights of each block, which may stream.
 
-    `made`: bytes that loading makes in host memory, where stored numbers are cast; the others stay mapped.
+    `made`: bytes that loading makes in host memory, where stored numbers are cast, put together or put in another
+    order; the others stay mapped.
     `scratch`: bytes to unpack the largest packed layer before its product, and those of the modulations: the weights of
     one block, and their table. `home`: bytes of weights that the table stands for; they stay in host memory.
     """
@@ -107,27 +113,26 @@ def estimate_weights(checkpoint: Mapping[str, Info], parts: Mapping[str, Part], 
 def part_weights(checkpoint: Mapping[str, Info], part: Part, dtype: torch.dtype) -> PartWeights:
     """One part of a checkpoint, from its header."""
     dtype = held_dtype(part.role, dtype)
-    mixed = _mixed(checkpoint, part)
+    groups = _groups(part)
+    mixed = _mixed(checkpoint, part, groups)
     rest, made = 0, 0
     unpacked: dict[str, int] = {}  # by layer: diffusers' q, k, v and mlp become one
     blocks: dict[tuple[int, int], int] = {}
     home: dict[tuple[int, int], int] = {}
     for name, full in part.names.items():
         info = checkpoint[full]
-        leaf = name.rpartition(".")[2]
-        if leaf in SCALES:
-            rest += 4
-            continue
-        if leaf in ("scale_input", "input_scale"):
-            continue
+        if name.rpartition(".")[2] in (*SCALES, "scale_input", "input_scale"):
+            continue  # counted with their weights, or of no use
         numbers = math.prod(info.shape)
-        packed = _stays_packed(part.role, name, info, dtype) and name not in mixed
+        layer = _layer(part.role, name)
+        packed = _stays_packed(part.role, name, info) and name not in mixed
         size = info.nbytes if packed else numbers * dtype.itemsize
         if packed:
+            rest += _scale_bytes(checkpoint, part, name, groups[layer])
             if "embed" not in name and "shared" not in name:
-                layer = _layer(part.role, name)
                 unpacked[layer] = unpacked.get(layer, 0) + numbers
-        elif info.nbytes != size:
+        if (not info.is_mapped or len(groups[layer]) > 1 or name.startswith(_SWAPPED)
+                or (not packed and info.format != _STORED.get(dtype))):
             made += size
         block = _BLOCK.match(name)
         if block is not None and streams(name, len(info.shape)):
@@ -151,29 +156,52 @@ def unpack_bytes(weights: int, itemsize: int) -> int:
     return weights * itemsize + min(weights, WIDE_TILE) * UNPACK_BYTES
 
 
-def _stays_packed(role: str, name: str, info: Info, dtype: torch.dtype) -> bool:
+def _stays_packed(role: str, name: str, info: Info) -> bool:
     """Linear layers and embeddings hold packed rows; so does plain fp8, which needs a cast as well."""
     matrix = name.endswith(".weight") and len(info.shape) == 2 and role != "vae"
     plain = info.format in ("F32", "F16", "BF16", "F64")
     return matrix and info.format in FORMATS and not plain
 
 
-def _mixed(checkpoint: Mapping[str, Info], part: Part) -> set[str]:
-    """Names of tensors that one layer of ours joins although they are stored in several types: these are unpacked."""
+def _groups(part: Part) -> dict[str, list[str]]:
+    """Names of tensors by what tells the tensor of ours that they go to."""
     groups: dict[str, list[str]] = {}
     for name in part.names:
         groups.setdefault(_layer(part.role, name), []).append(name)
-    return {name for names in groups.values()
-            if len({checkpoint[part.names[name]].format for name in names}) > 1 for name in names}
+    return groups
+
+
+def _mixed(checkpoint: Mapping[str, Info], part: Part, groups: Mapping[str, list[str]]) -> set[str]:
+    """Names of tensors that one layer of ours joins although they are stored in several types, or have a scale for each
+    column: these are unpacked."""
+    joined = [names for names in groups.values() if len(names) > 1]
+    return {name for names in joined
+            if len({checkpoint[part.names[name]].format for name in names}) > 1
+            or any(len(shape) == 2 and shape[1] > 1 for each in names for shape in _scales(checkpoint, part, each))
+            for name in names}
+
+
+def _scales(checkpoint: Mapping[str, Info], part: Part, name: str) -> list[tuple[int, ...]]:
+    """Shapes of the scales beside the tensor `name`; the first counts."""
+    stem = name.rpartition(".")[0]
+    return [checkpoint[part.names[side]].shape for ending in SCALES if (side := f"{stem}.{ending}") in part.names]
+
+
+def _scale_bytes(checkpoint: Mapping[str, Info], part: Part, name: str, joined: Sequence[str]) -> int:
+    """Bytes of fp32 scales that stay beside a packed tensor; where one layer joins several, each row has its own."""
+    if len(joined) > 1:
+        scaled = any(_scales(checkpoint, part, each) for each in joined)
+        return 4 * checkpoint[part.names[name]].shape[0] if scaled else 0
+    return sum(4 * math.prod(shape) for shape in _scales(checkpoint, part, name)[:1])
 
 
 def _layer(role: str, name: str) -> str:
-    """What tells the layer of ours that a tensor goes to: the name, or what the names of one fused layer share."""
+    """What tells the tensor of ours that one goes to: its name, or what the names of those in a fused layer share."""
     found = _FUSED.search(name) if role == "transformer" else None
     if found is None:
         return name
     stem = name[:found.start()].removesuffix(".attn")
-    return stem + (" added" if "add_" in found[0] else "")
+    return f"{stem} {'added ' if 'add_' in found[0] else ''}{found[1]}"
 
 
 def weights_of(module: nn.Module, role: str, dtype: torch.dtype) -> PartWeights:

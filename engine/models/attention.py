@@ -21,7 +21,7 @@ def rope(positions: Tensor, dim: int, theta: int) -> Tensor:
     Angles are taken in float64 on the CPU: fp32 loses digits at large positions, and MPS has no float64.
     """
     scale = torch.arange(0, dim, 2, dtype=torch.float64) / dim
-    angle = positions.to("cpu", torch.float64)[..., None] / theta**scale  # (B, L, dim/2)
+    angle = positions.cpu().double()[..., None] / theta**scale  # (B, L, dim/2); one after the other, or MPS casts
     cos, sin = torch.cos(angle), torch.sin(angle)
     table: Tensor = torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))
     return table.float().to(positions.device)

@@ -57,7 +57,10 @@ class TextEncoders:
         of CLIP-L, and that from the first chunk: later chunks and weights in the CLIP prompt have no effect, in ComfyUI
         too. Raises BadInput for prompts that cannot be read, NotFinite where an encoder yields NaN or infinity.
         """
-        tokens = self.tokenize(clip_text, t5_text, t5_length=t5_length)
+        return self.encode_tokens(self.tokenize(clip_text, t5_text, t5_length=t5_length))
+
+    def encode_tokens(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """`encode` of what `tokenize` gave. NotFinite."""
         cond = self.encode_t5(tokens.t5)
         _, pooled = self.encode_clip(tokens.clip[:1])
         for name, value in (("T5", cond), ("CLIP-L", pooled)):

@@ -79,7 +79,12 @@ class ModelFile:
         with _opened(self.path) as file:
             if identity(os.fstat(file.fileno())) != self.identity:
                 raise BadModelFile(self.path, "the file has changed since it was opened", advice="Load it again")
-            return _copy_on_write(file.fileno())
+            try:
+                return _copy_on_write(file.fileno())
+            except OSError as error:
+                raise BadModelFile(self.path, f"cannot be mapped into memory ({error.strerror})", advice=(
+                    "Close other programs, or give programs more memory: a larger page file (Windows), a higher limit "
+                    "(ulimit -v)")) from error
 
 
 def _copy_on_write(fileno: int) -> mmap.mmap:
@@ -112,6 +117,11 @@ class TensorInfo:
     file: ModelFile = field(repr=False, compare=False)
     build: Callable[[], Tensor] | None = field(default=None, repr=False, compare=False)
     """Puts the bytes together, where they do not lie so in the file (`fourbit`)."""
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the bytes lie in the file as they are read."""
+        return self.build is None
 
     def raw(self) -> Tensor:
         """The bytes, uint8 `(nbytes,)`, memory-mapped unless they are put together."""
@@ -241,7 +251,10 @@ def _read(path: Path, reader: Callable[[BinaryIO, Path, int], H]) -> tuple[H, Mo
         raise BadModelFile(path, "not a regular file")
     with _opened(path) as file:
         stat = os.fstat(file.fileno())
-        header = reader(file, path, stat.st_size)
+        try:
+            header = reader(file, path, stat.st_size)
+        except OSError as error:
+            raise BadModelFile(path, f"cannot be read ({error.strerror})") from error
     return header, ModelFile(path, stat)
 
 
@@ -286,7 +299,7 @@ def _open_shards(path: Path) -> Checkpoint:
     shards: dict[str, Checkpoint] = {}
     for file_name in sorted(set(weight_map.values())):
         shard_path = path.parent / _shard_name(path, file_name)
-        if not shard_path.is_file():
+        if not os.path.isfile(shard_path):  # unlike Path.is_file, False for any name the system refuses
             raise BadModelFile(path, "incomplete download: a shard is missing", field="weight_map",
                                expected=show(file_name), found="no such file beside the index",
                                advice="Download it into the same folder")

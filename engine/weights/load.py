@@ -87,6 +87,8 @@ def match(checkpoint: Mapping[str, TensorInfo], part: Part, model: nn.Module) ->
                     if math.prod(found) != 1 and found not in ((*shape[:1], 1), (1, *shape[-1:])):
                         misshapen.append(f"{show(scale)}: {show_shape(found)}, expected one number, or one for each "
                                          "row or column")
+                    elif checkpoint[scale].format not in LOADABLE:
+                        unloadable.append(f"{show(scale)} ({checkpoint[scale].format})")
     unknown = [full for name, full in part.names.items() if name not in used]
     return Match(sources, tuple(missing), tuple(misshapen), tuple(unknown), tuple(unloadable))
 
@@ -97,8 +99,9 @@ def load(source: str | os.PathLike[str] | Checkpoint, role: str, *, variant: Col
     """The model of `role` (a key of `MODELS`) from a file, folder or open checkpoint.
 
     `variant`: for a transformer, the kinds allowed (`dev`, `schnell`, `fill`, `control`); None allows all.
-    `dtype`: of the weights; None keeps each as stored. Weights already of that dtype on the CPU stay memory-mapped:
-    loading takes no memory, and the file stays mapped until the model is gone.
+    `dtype`: of the weights; None keeps each as stored, and one that is put together from several types in a dtype that
+    holds the numbers of all. Weights already of that dtype on the CPU stay memory-mapped: loading takes no memory, and
+    the file stays mapped until the model is gone.
     `packed`: the layers that hold what the file has packed (GGUF's types, fp8): linear layers and embeddings, their
     bytes memory-mapped on the CPU. All else, and everything for None, is unpacked to `dtype`, to fp32 if that is None.
     Plain fp8, which torch knows, is kept as it is stored where `dtype` is None.
@@ -151,7 +154,7 @@ def fill(model: nn.Module, checkpoint: Checkpoint, part: Part, *, dtype: torch.d
             model.get_submodule(path), format, None if scales is None else tuple(scales.shape), dtype or torch.float32,
             packed)
         if layer is None or format is None:
-            weights[name] = assemble(where, shape, stored.numbers, dtype=dtype, device=device)
+            weights[name] = assemble(where, shape, stored.numbers, dtype=stored.dtype_of(where), device=device)
             if parameter.numel() <= SMALL_ELEMENTS:
                 _check_finite(checkpoint, part, where, weights[name])
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ SCALES = ("scale_weight", "weight_scale")
 UNUSED = ("scale_input", "input_scale")
 """Scales of the layer's input for products in fp8; here products are in the dtype of the input, which needs none."""
 ALIGNMENT = 4
-"""Formats are read as words of up to so many bytes."""
+"""Formats whose blocks are an even number of bytes are read as words of up to so many."""
 
 
 def beside(name: str, ending: str) -> str:
@@ -58,10 +59,10 @@ class Stored:
         return FORMATS[info.format] if fp8 and (self.dtype is not None or self.scale_name(name)) else None
 
     def rows(self, name: str) -> Tensor:
-        """Packed rows `(rows, row_bytes)` uint8: a view of the file wherever its bytes are aligned."""
-        info = self.infos[name]
+        """Packed rows `(rows, row_bytes)` uint8: a view of the file wherever its bytes are aligned as they are read."""
+        info, format = self.infos[name], self.format(name)
         raw = info.raw()
-        if raw.data_ptr() % ALIGNMENT:
+        if raw.data_ptr() % ALIGNMENT and (format is None or format.nbytes % 2 == 0):
             raw = raw.clone()
         return raw.view(info.shape[0] if len(info.shape) > 1 else 1, -1)
 
@@ -72,6 +73,19 @@ class Stored:
             return format.dequantize(self.rows(name), self.dtype or torch.float32, scale=scale).view(info.shape)
         found = info.read()
         return found if scale is None else (found.float() * scale).to(self.dtype or torch.float32)
+
+    def dtype_of(self, source: Source) -> torch.dtype:
+        """The dtype of `source` as numbers: `dtype`, or, for None, one that holds the numbers of all its tensors."""
+        kinds = {self.dtype or self._own_dtype(name) for name in source.names}
+        if len(kinds) == 1:
+            return kinds.pop()
+        # torch promotes no fp8; bf16 and fp16 hold its numbers
+        return reduce(torch.promote_types, (torch.bfloat16 if kind.itemsize == 1 else kind for kind in kinds))
+
+    def _own_dtype(self, name: str) -> torch.dtype:
+        """What `numbers` gives where no dtype is asked for."""
+        found = None if self.format(name) or self.scale_name(name) else torch_dtype(self.infos[name].format)
+        return found or torch.float32
 
     def format_of(self, source: Source) -> QuantFormat | None:
         """The format in which `source` can be put together row by row: that of all its tensors. None if there are

@@ -19,12 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...engine.adapters import layers as stored
+from ...engine.errors import BadInput
 from ...engine.models.attention import attention as plain_attention
 from ...engine.models.ops import Ops
 from ...engine.quant import Embedding as EnginePackedEmbedding
 from ...engine.quant import Linear as EnginePackedLinear
 from ...engine.quant.ops import SCALE
-from .packed import packed_layers
+from .packed import is_hung, packed_layers
 
 NORM_EPS = 1e-6  # of hosts whose own norm for q and k does not tell; BFL's
 UNPACKED = ("img_in",)  # its width tells the host and control LoRAs how many channels go in
@@ -120,6 +122,63 @@ def host_attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor | None = None, ma
     for patch in patches.get("attn1_output_patch", ()):
         attended = patch(attended, options.copy())
     return attended
+
+
+class InUse:
+    """The weights of layers as the host uses them: scaled, and with what it puts on them at each use. So what is worked
+    out from them is the same for a layer that is loaded, whose weight the host has changed, and for one that is not."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[Any, torch.dtype, Tensor] | None = None
+        self.source = stored.Source(self.numbers, self.product, self.bias)
+
+    def forget(self) -> None:
+        self._kept = None
+
+    def numbers(self, layer: Any, rows: slice, dtype: torch.dtype) -> Tensor:
+        """`engine.adapters.layers.numbers`; the layer that is read by tiles is kept as a whole until the next one."""
+        if is_stored(layer):
+            return stored.numbers(layer, rows, dtype)
+        if self._kept is None or self._kept[:2] != (layer, dtype):
+            self._kept = layer, dtype, in_use(layer, dtype, layer.weight.device)
+        return self._kept[2][rows]
+
+    def product(self, layer: Any, x: Tensor, rows: slice) -> Tensor:
+        if is_stored(layer):
+            return stored.product(layer, x, rows)
+        return F.linear(x, in_use(layer, x.dtype, x.device)[rows])
+
+    def bias(self, layer: Any, like: Tensor) -> Tensor | None:
+        functions = getattr(layer, "bias_function", ())
+        found = stored.bias(layer, like)
+        if found is None or not functions:
+            return found
+        found = found.clone()
+        for function in functions:
+            found = function(found)
+        return found
+
+
+def is_stored(layer: Any) -> bool:
+    """Whether the host uses the weight as it is."""
+    weight = stored.weight_of(layer)
+    plain = weight.dtype in stored.PLAIN_DTYPES and type(weight.data) is Tensor
+    return (plain or is_hung(layer)) and not (getattr(layer, "weight_function", ()) or getattr(layer, "entries", ()))
+
+
+def in_use(layer: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A linear layer's whole weight as the host uses it."""
+    if is_hung(layer):
+        numbers: Tensor = layer.dense(dtype, layer.weight.to(device), layer.entries)
+        return numbers
+    weight, _ = comfy.ops.cast_bias_weight(layer, dtype=dtype, device=device, bias_dtype=dtype)
+    convert = getattr(layer, "convert_weight", None)
+    numbers = weight if convert is None else convert(weight)
+    if numbers.numel() != layer.out_features * layer.in_features:
+        raise BadInput(f"this model's weights are packed by another pack ({type(layer).__name__}), and a LoRA of this "
+                       "kind (DoRA, OFT, IA3 or GLoRA) has to read them to act beside them. Load the model with Load "
+                       "Flux, or apply the LoRA in mode 'auto' without range, schedule and region")
+    return numbers.to(dtype)
 
 
 def adopt(source: nn.Module, target: nn.Module, dtype: torch.dtype | None = None) -> None:

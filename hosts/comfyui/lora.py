@@ -29,6 +29,7 @@ from .. import loras
 from ..loras import Chosen
 from .control import WideLoaded
 from .hanging import HostAdapter, sides
+from .layers import InUse
 from .packed import packed_layers
 from .sampling import require_flux, table_of
 
@@ -67,20 +68,27 @@ def key_of(adapter: Adapter, layer: Any, prefix: str) -> Any:
 
 def put_on(patcher: Any, module: nn.Module, role: str, acting: Sequence[Chosen], jobs: Mapping[str, list[Job]]
            ) -> None:
-    """Patches of the rows: one call for those of one strength, as each call of the host goes through all weights."""
+    """Patches of the rows: few calls, since each call of the host goes through all weights, and for every weight those
+    of a later row after those of an earlier one."""
     entries = [one.entry(role) for one in acting]
-    calls: dict[tuple[float, int], dict[Any, Any]] = {}
+    calls: list[tuple[float, dict[Any, Any]]] = []
+    latest: dict[str, int] = {}
     for name, todo in jobs.items():
         layer = layer_facts.layer_of(module, name)
         for number, adapter in todo:
             factor = entries[number].factor
             strength = entries[number].strength * (1.0 if factor is None else factor(name))
-            key, turn = key_of(adapter, layer, PREFIX[role]), 0
-            while key in calls.get((strength, turn), ()):  # several adapters of the same rows
-                turn += 1
-            if strength:
-                calls.setdefault((strength, turn), {})[key] = patch_of(adapter, layer)
-    for (strength, _), patches in calls.items():
+            if not strength:
+                continue
+            key = key_of(adapter, layer, PREFIX[role])
+            weight = key if isinstance(key, str) else key[0]
+            call = next((i for i in range(latest.get(weight, 0), len(calls))
+                         if calls[i][0] == strength and key not in calls[i][1]), len(calls))
+            if call == len(calls):
+                calls.append((strength, {}))
+            calls[call][1][key] = patch_of(adapter, layer)
+            latest[weight] = call
+    for strength, patches in calls:
         missed = set(patches) - set(patcher.add_patches(patches, strength))
         if missed:
             raise BadInput(f"ComfyUI has no weight {missed.pop()} in this model to put a LoRA on. Load the model with "
@@ -123,8 +131,8 @@ class Runs:
     """Rows that hang beside the layers of a MODEL while the host samples with it: a wrapper of the sampler, which puts
     them on and takes them off, and of each pass, which moves them to its step and its size."""
 
-    def __init__(self, chosen: tuple[Chosen, ...], mu: float | None) -> None:
-        self.chosen, self.mu = chosen, mu
+    def __init__(self, chosen: tuple[Chosen, ...]) -> None:
+        self.chosen = chosen
         self.attached: Attachment | None = None
         self._size: tuple[int, ...] | None = None
 
@@ -134,8 +142,13 @@ class Runs:
         if self.attached is not None or not acting:
             return executor(guider, *args, **kwargs)
         dtype = getattr(base, "manual_cast_dtype", None) or base.get_dtype()
-        self.attached = attach(base.diffusion_model, [one.entry("transformer", self.mu) for one in acting], mode="side",
-                               dtype=dtype, device=base.current_patcher.load_device, skip_broken=True)
+        # nodes behind Apply LoRAs may have shifted the times
+        mu = table_of(base.current_patcher).mu if any(one.row.timed for one in acting) else None
+        weights = InUse()
+        self.attached = attach(base.diffusion_model, [one.entry("transformer", mu) for one in acting], mode="side",
+                               dtype=dtype, device=base.current_patcher.load_device, skip_broken=True,
+                               source=weights.source)
+        weights.forget()
         try:
             return executor(guider, *args, **kwargs)
         finally:
@@ -248,8 +261,9 @@ def with_loras(model: Any, clip: Any, rows: Sequence[Row], *, mode: str, strict:
     if mode not in ("auto", "side", "merge"):
         raise BadInput(f"mode '{mode}' is not one of auto, side, merge")
     require_flux(model)
-    if hasattr(clip, "cond_stage_model") and not hasattr(clip.cond_stage_model, "t5xxl"):
-        raise BadInput(f"this CLIP is of another model ({type(clip.cond_stage_model).__name__}), FLUX.1 needs CLIP-L "
+    if clip is not None and any(encoder_of(clip, role) is None for role in loras.TEXT_ROLES):
+        stage = type(getattr(clip, "cond_stage_model", clip)).__name__
+        raise BadInput(f"this CLIP is of another model ({stage}), FLUX.1 needs CLIP-L "
                        "and T5; load both with Load Text Encoders, or with type 'flux'")
     chosen, lines = loras.choose(resolve, rows, strict)
     made, told = _with_model(model, [one for one in chosen if one.acts_on("transformer")], mode, not strict)
@@ -280,7 +294,7 @@ def _with_model(model: Any, acting: list[Chosen], mode: str, skip_broken: bool) 
                 applied[number].layers[SIDE] += 1
         lines += loras.told(beside, applied, "transformer")
         before = wrapped(made, WrappersMP.SAMPLER_SAMPLE)
-        runs = Runs((*(before.__self__.chosen if before else ()), *beside), table_of(model).mu)
+        runs = Runs((*(before.__self__.chosen if before else ()), *beside))
         set_wrapper(made, WrappersMP.SAMPLER_SAMPLE, runs.sample)
         set_wrapper(made, WrappersMP.DIFFUSION_MODEL, runs.step)
         set_wrapper(made, WrappersMP.PREPARE_SAMPLING, runs.prepare)
@@ -292,11 +306,19 @@ def _with_model(model: Any, acting: list[Chosen], mode: str, skip_broken: bool) 
     return made, lines
 
 
+def encoder_of(clip: Any, role: str) -> Any:
+    """The network of a CLIP for this role, None if it has none."""
+    found = getattr(clip, "cond_stage_model", None)
+    for name in PREFIX[role].rstrip(".").split("."):
+        found = getattr(found, name, None)
+    return found
+
+
 def _with_clip(clip: Any, chosen: Sequence[Chosen], skip_broken: bool) -> tuple[Any, list[str]]:
     made, lines = clip.clone(), []
     for role in loras.TEXT_ROLES:
         acting = [one for one in chosen if one.acts_on(role)]
-        module = clip.cond_stage_model.get_submodule(PREFIX[role].rstrip("."))
+        module = encoder_of(clip, role)
         jobs, applied = _fitted(module, acting, role, skip_broken)
         ways(module, jobs, applied)
         put_on(made.patcher, module, role, acting, jobs)
@@ -314,4 +336,4 @@ def _fitted(module: nn.Module, acting: Sequence[Chosen], role: str, skip_broken:
 def share(model: Any, lora: Lora) -> Share:
     """`hosts.Host.lora_share`."""
     require_flux(model)
-    return norm_share(model.model.diffusion_model, lora)
+    return norm_share(model.model.diffusion_model, lora, source=InUse().source)

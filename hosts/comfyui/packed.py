@@ -196,9 +196,14 @@ class HostPacked:
     Embedding = Embedding
 
 
+def is_hung(layer: nn.Module) -> bool:
+    """Whether the layer holds packed weights of ours."""
+    return isinstance(layer, _Hung)
+
+
 def packed_layers(model: nn.Module) -> dict[str, Any]:
     """The layers of this module that hold packed weights, by name."""
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, _Hung)}
+    return {name: layer for name, layer in model.named_modules() if is_hung(layer)}
 
 
 def weight_count(model: nn.Module) -> int:

@@ -271,8 +271,8 @@ class StandaloneHost:
     def encode_prompt(self, clip: Clip, clip_text: str, t5_text: str | None = None, guidance: float | None = None,
                       t5_length: int | None = None) -> Conditioning:
         encoders = clip.encoders
-        tokens = len(encoders.tokenize(clip_text, t5_text, t5_length=t5_length).t5)
-        need = max(activations.text_bytes(encoders.t5.spec, tokens, clip.dtype.itemsize),
+        tokens = encoders.tokenize(clip_text, t5_text, t5_length=t5_length)
+        need = max(activations.text_bytes(encoders.t5.spec, len(tokens.t5), clip.dtype.itemsize),
                    activations.clip_bytes(encoders.clip.spec, clip.dtype.itemsize))
         models = [self._resident(encoders.t5, "t5", clip.dtype), self._resident(encoders.clip, "clip_l", clip.dtype)]
         need += sum(lora.nbytes(clip.loras, role, module, clip.dtype)
@@ -281,8 +281,7 @@ class StandaloneHost:
         moves = self.residence.moves and not clip.on_cpu
         with (self.residence.running("encode", models, need, on_cpu=clip.on_cpu),
               lora.carrying_text(clip, moves=moves, device=place)):
-            cond, pooled = encoders.encode(clip_text, t5_text, t5_length=t5_length)
-            cond, pooled = cond.cpu(), pooled.cpu()
+            cond, pooled = (states.cpu() for states in encoders.encode_tokens(tokens))
         values: dict[str, Any] = {"pooled_output": pooled}
         if guidance is not None:
             values["guidance"] = guidance
@@ -425,8 +424,8 @@ class StandaloneHost:
             weights = next(vision.parameters())
             for item in image.split(1):
                 self.check_interrupt()
-                pixels = to_pixels(item.to(weights.device).float(), vision.spec, crop)
-                states.append(vision(pixels.to(weights.dtype)).float().cpu())
+                pixels = to_pixels(item.float().cpu(), vision.spec, crop)  # MPS cannot resize so before torch 2.8
+                states.append(vision(pixels.to(weights.device, weights.dtype)).float().cpu())
         seen = torch.cat(states)
         if not torch.isfinite(seen).all():
             raise NotFinite(f"{clip_vision.path.name} gave NaN or infinity for this picture. Check the file, or use "

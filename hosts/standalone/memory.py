@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 UNLIMITED = 1 << 62
 REPEATED = ("transformer",)
 """Roles whose weights are used many times in a stage; unpacking once is of no use to the others."""
+HOST_ADVICE = "Choose a smaller picture, batch or file, or close other programs"
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
 
 
@@ -71,7 +72,8 @@ class Residence:
                 if self.moves and not on_cpu:
                     in_strips = self._bring(stage, models, activations, strips)
                 else:
-                    in_strips = strips is not None and self._short(models, activations)
+                    # of other packages' models only rough figures are known, no reason to refuse them
+                    in_strips = bool(models) and self._fit_into_host(stage, activations, strips)
                     for model in models:
                         stack.enter_context(watched(model.module, model.role, model.watch.check))
                 for model in models:
@@ -108,16 +110,21 @@ class Residence:
 
     def _ran_out(self, stage: str) -> NotEnoughMemory:
         if not self.moves:
-            return NotEnoughMemory(stage, None, "host memory", "Choose a smaller picture, batch or file, or close "
-                                                               "other programs")
+            return NotEnoughMemory(stage, None, "host memory", HOST_ADVICE)
         less = "" if self.mode == "stream" else "Choose --memory stream, "
         choose = "Choose" if not less else "or"
         return NotEnoughMemory(stage, None, "device memory", f"{less}{choose} a smaller picture, batch or file, or "
                                                              "--memory cpu")
 
-    def _short(self, models: Sequence[Resident], activations: int) -> bool:
-        free = host_free()
-        return free is not None and activations > free
+    def _fit_into_host(self, stage: str, activations: int, strips: int | None) -> bool:
+        """Whether to work in strips, rather than swap. NotEnoughMemory where swapping is not enough: a system that runs
+        out of memory ends the program without a word."""
+        free, limit = host_free(), host_free(swap=True)
+        short = free is not None and activations > free
+        least = strips if short and strips is not None else activations
+        if limit is not None and least > limit:
+            raise NotEnoughMemory(stage, least - limit, "host memory", HOST_ADVICE)
+        return short and strips is not None
 
     def _bring(self, stage: str, models: Sequence[Resident], activations: int, strips: int | None) -> bool:
         for placed in [placed for placed in self._placed if placed.module is None]:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from ...engine.errors import BadInput, BadWorkflow, FluxKitError
 from ..names import shown
 from . import io
+from .memory import is_out_of_memory
 
 Prompt = dict[str, dict[str, Any]]  # {id: {"class_type", "inputs": {name: value or [id, slot]}, "_meta": {"title"}}}
 Nodes = Mapping[str, type[io.ComfyNode]]
@@ -276,7 +277,7 @@ class naming:  # noqa: N801 - reads as a statement: with naming(...)
                 error.message = f"{self.where}: {error.message}"
         elif isinstance(error, Exception):
             advice = ""
-            if type(error).__name__ in ("MemoryError", "OutOfMemoryError"):
+            if is_out_of_memory(error):
                 advice = ". There was not enough memory: a smaller picture or batch, or --memory stream, may help"
             said = shown(" ".join(str(error).split()), 300)
             message = f"{self.where} failed: {type(error).__name__}: {said}{advice}"

@@ -72,6 +72,14 @@ def test_hostile_names_stay_on_one_line(tmp_path: Path, capsys: pytest.CaptureFi
     assert max(map(len, out.splitlines())) < 700
 
 
+def test_a_block_of_an_endless_number_is_one_unknown_tensor(family: Family, tmp_path: Path,
+                                                            capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "m.safetensors"
+    save_file({**family.dev, f"double_blocks.{'1' * 5000}.img_attn.qkv.weight": torch.zeros(1, 1)}, path)
+    code, (file,), _ = inspect(capsys, path)
+    assert code == 1 and "1 tensors are unknown" in file["problems"][0] and file["memory"]["transformer"] > 0
+
+
 def test_a_refused_file_is_exit_code_1_and_the_others_are_told(models: Path, family: Family, tmp_path: Path,
                                                                capsys: pytest.CaptureFixture[str]) -> None:
     good = models / "vae" / "ae.safetensors"

@@ -44,6 +44,24 @@ def test_a_chain_of_all_of_them(run_prompt: Callable[..., Any], host: Standalone
     assert "kohya LoRA" in report and "scheduled" in report and "side path" in report
 
 
+def test_choices_that_a_host_did_not_check(host: StandaloneHost, models: Path) -> None:
+    """ComfyUI 0.3.64 checks none of the widgets with options."""
+    from flux_kit.nodes.lora import FluxKitLoraApply
+    from flux_kit.nodes.lora_files import FluxKitLoraSave
+    from flux_kit.nodes.sampling import FluxKitSampler
+    rows = [("kohya.safetensors", 1.0, 1.0)]
+    for says, node, values in (
+            ("mode 'fast' is not one of auto, side path, merge", FluxKitLoraApply, (None, rows, "fast", "strict")),
+            ("on_problem 'ask' is not one of strict, warn", FluxKitLoraApply, (None, rows, "auto", "ask")),
+            ("layout '' is not one of kohya, peft", FluxKitLoraSave, (rows, "new", "", 0, "same", "none")),
+            ("dtype 'int3' is not one of same, ", FluxKitLoraSave, (rows, "new", "kohya", 0, "int3", "none")),
+            ("denoise_meaning 'both' is not one of keep", FluxKitSampler,
+             (None, None, None, 0, 1, 1.0, "euler", "bfl", 0.5, "both", 0.0, 1.0))):
+        with pytest.raises(BadInput, match=says):
+            node.execute(*values)
+    assert not list((models / "loras").glob("new*"))
+
+
 def test_a_region(run_prompt: Callable[..., Any], host: StandaloneHost) -> None:
     from flux_kit.nodes.lora import FluxKitLoraRegion
     rows = FluxKitLoraRegion.execute([("kohya.safetensors", 0.7, 0.7)], torch.zeros(1, 48, 64), 4, 0.5, 0.25)[0]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from family_fixtures import samples
-from flux_kit.engine.errors import BadInput, FluxKitError, MissingFile
+from flux_kit.engine.errors import BadInput, FluxKitError, MissingFile, NotFinite
 from flux_kit.hosts.standalone.host import StandaloneHost
 from flux_kit.hosts.standalone.io import WidgetInput
 from prompts import LOAD, SAMPLE, sampler
@@ -152,6 +152,37 @@ def test_encode_with_a_mask_repaints_only_there(run_prompt: Any, host: Standalon
     before, after = samples(result, "enc"), samples(result, "k")
     assert torch.allclose(before[..., :2], after[..., :2], atol=1e-4)
     assert not torch.allclose(before[..., 4:], after[..., 4:], atol=1e-1)
+
+
+def test_what_is_cut_off_a_prompt_is_told_once(nodes: dict[str, Any], run_prompt: Any,
+                                               caplog: pytest.LogCaptureFixture) -> None:
+    clip = run_prompt(LOAD, "load").outputs["load"][1][0]
+    nodes["FluxKitEncodePrompt"](clip=clip, prompt="circle " * 300, t5_prompt="", guidance=3.5, t5_length="128")
+    assert len([record for record in caplog.records if "cut off" in record.getMessage()]) == 1
+
+
+@pytest.mark.parametrize(("size", "mask", "words"), [
+    ((32, 48), None, None), ((32, 48), (32, 48), None), ((32, 48), (64, 96), None),
+    ((35, 49), None, "image: 49 x 35 is cut to 48 x 32"), ((40, 48), None, "48 x 40 is no multiple of 16"),
+    ((32, 48), (64, 64), "64 x 64, another aspect"), ((32, 48), (0, 64), "empty: a sampler will change nothing")])
+def test_encode_tells_what_is_odd_about_picture_and_mask(nodes: dict[str, Any], vae: Any, size: tuple[int, int],
+                                                         mask: tuple[int, int] | None, words: str | None,
+                                                         caplog: pytest.LogCaptureFixture) -> None:
+    image = torch.rand(1, *size, 3)
+    cover = None if mask is None else torch.ones(1, *mask) if mask[0] else torch.zeros(1, 64, 64)
+    (latent,) = nodes["FluxKitEncode"](image=image, vae=vae, mask=cover)
+    told = [record.getMessage() for record in caplog.records]
+    assert latent["samples"].shape[-2:] == (size[0] // 8, size[1] // 8)
+    assert (told == []) if words is None else (len(told) == 1 and words in told[0])
+
+
+def test_encode_refuses_nan_and_clamps_its_mask(nodes: dict[str, Any], vae: Any) -> None:
+    image, mask = torch.rand(1, 32, 48, 3), torch.full((1, 32, 48), 255.0)
+    (latent,) = nodes["FluxKitEncode"](image=image, vae=vae, mask=mask)
+    assert torch.equal(latent["noise_mask"], torch.ones(1, 1, 32, 48))
+    for given in ({"image": image * float("nan"), "mask": mask}, {"image": image, "mask": mask * float("nan")}):
+        with pytest.raises(NotFinite, match="holds NaN"):
+            nodes["FluxKitEncode"](vae=vae, **given)
 
 
 @pytest.mark.parametrize(("changes", "words"), [

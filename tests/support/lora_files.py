@@ -61,7 +61,11 @@ def good() -> dict[str, Tensors]:
         "swapped": swapped, "bias": bias, "control": control,
         "dora": {**pairs({half: (7 * D, D)}), f"{half}.dora_scale": 1 + random(7 * D, 1).abs()},
         "oft": {"lora_unet_double_blocks_0_img_attn_proj.oft_blocks": random(16, 8, 8)},
-        "text": text}
+        "text": text,
+        "under": {**pairs({half: (7 * D, D), "lora_unet_double_blocks_0_img_attn_proj": (D, D)}, alpha=8.0)},
+        "oft2": {"lora_transformer_transformer_blocks_0_attn_to_out_0.oft_R.weight": random(16, 28, size=0.2)},
+        **{name: {"diffusion_model.double_blocks.0.img_attn.norm.query_norm.scale.set_weight": 1 + random(D, size=1.0)}
+           for name in ("norm a", "norm b")}}
 
 
 def bad() -> dict[str, Tensors]:

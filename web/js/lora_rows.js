@@ -166,7 +166,8 @@ export class RowsEditor {
                                      placeholder: "double 0-9 = 0.5, single = 0",
                                      title: "A factor for each layer; empty: 1 everywhere",
                                      aria: { label: "Block weights" },
-                                     onchange: () => change("blocks")(blocks.value) });
+                                     // at each key: a run by Ctrl+Enter comes before the browser's `change`
+                                     oninput: () => change("blocks")(blocks.value) });
         const share = (key, label, fallback) =>
             numberField({ label, value: row[key], fallback, min: 0, max: 1, change: change(key) });
         const range = el("span", { className: "fk-range" }, share("start", "From this share of the steps", 0),

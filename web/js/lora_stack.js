@@ -114,6 +114,17 @@ function intoForm() {
     }
 }
 
+/** After undo, Nodes 2.0 still shows the editors from before, too. */
+function intoNodes() {
+    if (!window.LiteGraph?.vueNodesMode) return;
+    for (const node of app.canvas?.graph?.nodes ?? []) {
+        const own = node.widgets?.filter(widget => widget.type === TYPE && widget.element) ?? [];
+        const seen = document.querySelectorAll(`[data-node-id="${CSS.escape(String(node.id))}"] .fk-loras`);
+        if (own.length !== seen.length) continue;
+        own.forEach(({ element }, at) => { if (!element.isConnected) seen[at].replaceWith(element); });
+    }
+}
+
 app.registerExtension({
     name: "fluxkit.lora-stack",
     getCustomWidgets: () => ({ [TYPE]: rowsWidget }),
@@ -121,6 +132,7 @@ app.registerExtension({
         if (definition.name === NODE) definition.input.required.rows[1].widgetType = TYPE;
     },
     nodeCreated: node => { if (node.subgraph) showOutside(node); },
-    afterConfigureGraph: () => setTimeout(intoForm, 100),  // once the interface has put its elements where it wants
+    // once the interface has put its elements where it wants
+    afterConfigureGraph: () => setTimeout(() => { intoForm(); intoNodes(); }, 100),
     refreshComboInNodes: forget,
 });

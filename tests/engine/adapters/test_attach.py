@@ -150,6 +150,22 @@ def test_side_path_equals_merge(flux: Flux, loras: dict[str, Lora], strengths: t
     assert all(set(applied.layers) <= {MERGED} for applied in with_merge.applied)
 
 
+@pytest.mark.parametrize("strength", [1.0, 0.3, 0.0])
+@pytest.mark.parametrize("mode", ["side", "auto"])
+def test_a_replaced_bias(flux: Flux, save: Any, mode: str, strength: float) -> None:
+    """Whole at any strength but 0, beside packed weights without a copy of them."""
+    bias = r(H, scale=3)
+    lora = read_lora(save({"diffusion_model.double_blocks.0.img_attn.proj.bias.set_weight": bias}))
+    model = flux if mode == "side" else packed(flux, "Q8_0")
+    layer, x = model.double_blocks[0].img_attn, r(3, H)
+    plain, own = layer.proj(x), layer.proj.bias.clone()
+    attachment = attach(model, [Entry(lora, strength)], mode=mode, dtype=torch.float64)
+    assert attachment.applied[0].layers == {SIDE: 1}
+    near(layer.proj(x), plain + (bias.float() - own if strength else 0), 1e-6)
+    attachment.detach()
+    assert torch.equal(layer.proj(x), plain)
+
+
 def test_merge_is_the_sum_of_the_changes(flux: Flux, loras: dict[str, Lora]) -> None:
     """One layer worked out by hand: q and v of a fused layer, with a DoRA on q, under a LoRA on all of it."""
     weight = flux.double_blocks[0].img_attn.qkv.weight.clone().numpy()

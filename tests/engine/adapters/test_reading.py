@@ -264,8 +264,11 @@ def pair(rank: int = 4, out: int = 128, wide: int = 128, **more: torch.Tensor) -
     (None, {"transformer.r": 4, "transformer.lora_alpha": 1}, 0.25),
     (None, {"transformer.lora_alpha": 1, "transformer.use_rslora": True}, 0.5),
     (None, {"transformer.lora_alpha": 1, "transformer.alpha_pattern": {"attn.to_q": 8}}, 2.0),
+    (None, {"transformer.lora_alpha": 1, "transformer.alpha_pattern": {"^transformer_blocks.0.attn.to_q$": 8}}, 2.0),
+    (None, {"transformer.lora_alpha": 1, "transformer.alpha_pattern": {"^attn.to_q": 8}}, 0.25),
     (torch.tensor(2.0), {"transformer.lora_alpha": 1}, 0.5),
     (None, {"r": 4, "lora_alpha": 2}, 0.5),
+    (None, {"transformer.lora_alpha": 0}, 1.0),
     (None, "not json", 1.0),
 ])
 def test_alpha(alpha: torch.Tensor | None, metadata: Any, scale: float, save: Any) -> None:
@@ -276,6 +279,14 @@ def test_alpha(alpha: torch.Tensor | None, metadata: Any, scale: float, save: An
     assert read_lora(path, Options(ignore_alpha=True)).adapters[0].scale == 1
 
 
+def test_alpha_told_by_a_regular_expression(save: Any) -> None:
+    """It is never run: one such as this takes for ever."""
+    told = {"transformer.lora_alpha": 1, "transformer.alpha_pattern": {"(.*)*x|attn.to_[qk]": 8}}
+    with pytest.raises(BadModelFile, match=r"alpha_pattern '\(\.\*\)\*x\|attn\.to_\[qk\]' is a regular expression"):
+        read_lora(save(pair(), {"lora_adapter_metadata": json.dumps(told)}))
+    assert read_lora(save(pair(alpha=torch.tensor(2.0)), {"lora_adapter_metadata": json.dumps(told)})).adapters
+
+
 @pytest.mark.parametrize("tensors, says", [
     (pair() | {f"{Q}.lora_B.weight": torch.zeros(128, 5)}, r"ranks differ: up \[128, 5\] and down \[4, 128\]"),
     (pair(alpha=torch.tensor(math.inf)), r"alpha inf over rank 4"),
@@ -283,6 +294,18 @@ def test_alpha(alpha: torch.Tensor | None, metadata: Any, scale: float, save: An
     (pair(alpha=torch.tensor(4000.0)), r"scale of 1000"),
     (pair(alpha=torch.zeros(3)), r"alpha \[3\] is not one number"),
     (pair(lora_magnitude_vector=torch.ones(7)), r"magnitude \[7\] has 7 numbers, expected 128"),
+    ({f"{Q}.diff": torch.tensor(1.0)}, r"the adapter is for \[1, 1\], the layer is \[128, 128\]"),
+    ({f"{Q}.diff": torch.ones(128)}, r"the adapter is for \[128, 1\], the layer is \[128, 128\]"),
+    ({f"{Q}.diff_b": torch.ones(128, 2)}, r"the adapter is for \[256\], the layer is \[128\]"),
+    ({f"{Q}.diff_b": torch.tensor(1.0)}, r"the adapter is for \[1\], the layer is \[128\]"),
+    ({f"{Q}.lora_A.weight": torch.ones(4, 128), f"{Q}.lora_B.weight": torch.ones(128)}, r"up \[128\] is no matrix"),
+    ({f"{Q}.lora_A.weight": torch.tensor(1.0), f"{Q}.lora_B.weight": torch.ones(128, 1)}, r"down \[\] is no matrix"),
+    ({f"{Q}.oft_R.weight": torch.tensor(1.0)}, r"oft_packed \[\] is no matrix"),
+    ({f"{Q}.oft_blocks": torch.ones(16, 8, 8), f"{Q}.alpha": torch.tensor(math.nan)}, r"alpha is nan"),
+    ({f"{Q}.{name}": torch.ones(4, 128) for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")}
+     | {f"{Q}.hada_t1": torch.ones(4, 4), f"{Q}.hada_t2": torch.ones(4, 5)}, r"ranks differ: hada_w2_a"),
+    ({f"{Q}.{name}": torch.ones(4, 128) for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")}
+     | {f"{Q}.hada_t1": torch.ones(4, 4)}, r"only one of its two products has a core"),
 ])
 def test_layers_that_do_not_hold_together(tensors: Any, says: str, save: Any) -> None:
     good = {key.replace("to_q", "to_k"): value for key, value in pair().items()}
@@ -290,6 +313,19 @@ def test_layers_that_do_not_hold_together(tensors: Any, says: str, save: Any) ->
         read_lora(save({**tensors, **good}))
     lora = read_lora(save({**tensors, **good}), Options(skip_broken=True))
     assert len(lora.adapters) == 1 and any(note.startswith("left out") for note in lora.report.notes)
+
+
+@pytest.mark.parametrize("more, scale", [({}, 1.0), ({"alpha": torch.tensor(2.0)}, 0.5)])
+def test_the_bias_of_a_pair_is_scaled_with_it(more: Any, scale: float, save: Any) -> None:
+    """PEFT's `lora_bias`: base + scale * (B (A x) + b). A bias of its own is not scaled."""
+    bias = {"lora_B.bias": torch.arange(128.0)}
+    pair_of, bias_of = read_lora(save(pair(**more, **bias))).adapters
+    assert pair_of.scale == bias_of.scale == scale
+    assert torch.equal(bias_of.change(torch.zeros(128)), scale * torch.arange(128.0))
+    (term,) = bias_of.terms(lambda tile: torch.zeros(0), 128, torch.float32, "cpu") or ()
+    assert torch.equal(term.get_buffer("vector"), scale * torch.arange(128.0))
+    _, own = read_lora(save(pair(**more, diff_b=torch.arange(128.0)))).adapters
+    assert torch.equal(own.change(torch.zeros(128)), torch.arange(128.0))
 
 
 def test_nan_and_infinity_are_counted(save: Any) -> None:

@@ -204,8 +204,16 @@ def test_an_empty_mask_is_refused() -> None:
             fill.prepare(picture(), empty)
     with pytest.raises(BadInput, match="empty in item 2"):
         fill.prepare(picture(), torch.cat([MASKS["full"], MASKS["full"] * 0]))
-    with pytest.raises(BadInput, match="mask is empty"):
+
+
+def test_a_mask_that_binary_leaves_nothing_of_is_refused_as_such() -> None:
+    with pytest.raises(BadInput, match=r"nowhere reaches one half: .* soft"):
         fill.prepare(picture(), MASKS["full"] * 0.3, binary=True)
+    line = torch.zeros(1, 31, 31)
+    line[:, :, 15] = 1
+    assert fill.prepare(torch.rand(1, 31, 31, 3), line, binary=True).mask.max() == 1
+    with pytest.raises(BadInput, match="nowhere reaches one half"):  # stretched to 16 it lies between two pixels
+        fill.prepare(torch.rand(1, 31, 31, 3), line, binary=True, size="stretch")
 
 
 def test_nan_is_named() -> None:

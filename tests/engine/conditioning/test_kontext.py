@@ -380,7 +380,9 @@ def test_alpha_and_values_outside_are_told() -> None:
     image = torch.cat((photo(16, 16), torch.rand(1, 16, 16, 1)), -1)
     edit = run(image)
     assert torch.equal(references(edit)[0], Encoder()(photo(16, 16))) and "alpha" in edit.report
-    assert "clamped" in run(photo(16, 16) * 2 - 0.5).report
+    edit = run(photo(16, 16) * 2 - 0.5)
+    assert "image_1: its values go from -0." in edit.report
+    assert torch.equal(references(edit)[0], Encoder()((photo(16, 16) * 2 - 0.5).clamp(0, 1)))
 
 
 @pytest.mark.parametrize(("settings", "told"), [
@@ -389,6 +391,12 @@ def test_alpha_and_values_outside_are_told() -> None:
 def test_unknown_settings_are_refused(settings: Settings, told: str) -> None:
     with pytest.raises(BadInput, match=told):
         run(photo(16, 16), settings=settings)
+
+
+@pytest.mark.parametrize("positive", [[], [[torch.zeros(1, 4, 8)]], torch.zeros(1, 4, 8)])
+def test_what_is_no_conditioning_is_refused(positive: Any) -> None:
+    with pytest.raises(BadInput, match="positive is no conditioning"):
+        edited(positive, [photo(16, 16)], Encoder(), empty, KEEP)
 
 
 @pytest.mark.parametrize(("image", "told"), [(torch.zeros(1, 16, 16, 2), r"\(1, 16, 16, 2\)"),

@@ -490,6 +490,8 @@ def test_what_cannot_be(save: Save, tmp_path: Path, sparse: Save) -> None:
             for key, value in kohya(torch.float32, alpha=4.0).items()}
     with pytest.raises(NotFinite, match="fp32"):
         written(target, Summand(read_lora(save(loud, name="loud.safetensors"))), dtype=torch.float16)
+    with pytest.raises(NotFinite, match=r"alpha: .* does not fit fp32"):
+        written(target, Summand(lora, 1e39), to="kohya")
     assert not target.exists() and not list(tmp_path.glob(".flux-kit*"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -319,6 +320,20 @@ def _damaged(path: Path, state: dict[str, Tensor], key: str, value: float) -> Pa
     return path
 
 
+@pytest.mark.parametrize("type", ["fp8_scaled", "BF16"])
+def test_errors_of_large_weights_are_numbers(tmp_path: Path, type: str) -> None:
+    """The squares of such weights do not fit fp32."""
+    state = {name: tensor.float() for name, tensor in random_weights(Flux(WIDE), 7).items()}
+    state["img_in.weight"] *= 1e25
+    save_file(state, tmp_path / "large.safetensors")
+    ending = "gguf" if type == "BF16" else "safetensors"
+    report = quantize(tmp_path / "large.safetensors", tmp_path / f"out.{ending}", type)
+    (row,) = [row for row in report.rows if row.name == "img_in.weight"]
+    written = load(tmp_path / f"out.{ending}", "transformer", packed=None).img_in.weight
+    assert row.deviation.relative == pytest.approx(relative(written / 1e25, state["img_in.weight"] / 1e25), rel=1e-3)
+    assert 0 < report.relative_error < 0.1
+
+
 @pytest.mark.parametrize("type", ["Q4_K_S", "Q8_0", "BF16", "fp8_scaled", "int8_tensorwise"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("key", ["single_blocks.0.linear1.weight", "img_in.bias"])
@@ -391,6 +406,16 @@ def test_a_full_disk_is_told_before(wide: Path, tmp_path: Path, monkeypatch: pyt
     with pytest.raises(FluxKitError, match="are free"):
         quantize(wide, tmp_path / "out.gguf", "Q8_0")
     assert left(tmp_path) == []
+
+
+def test_a_disk_that_fills_up_meanwhile_is_named(wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(FluxKitError, match=r"out\.gguf: .*No space left on device.*nothing of it is left") as caught:
+        quantize(wide, tmp_path / "out.gguf", "Q8_0")
+    assert caught.value.file == str(tmp_path / "out.gguf") and left(tmp_path) == []
 
 
 @pytest.mark.parametrize("error", [Interrupted("stop"), KeyboardInterrupt()])

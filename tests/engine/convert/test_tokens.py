@@ -132,3 +132,13 @@ def test_one_that_does_not_fit_is_said(encoder: Path, family: Family, tmp_path: 
     (encoder.parent / "spiece.model").write_bytes(trained("t5")[:-40])
     report = quantize(encoder, tmp_path / "t5.gguf", "Q8_0")
     assert any("no tokenizer goes along" in note and "spiece.model" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("number", ["9" * 12, "1" * 5000, "-1"])
+def test_numbers_that_gguf_cannot_hold_stay_texts(encoder: Path, tmp_path: Path, number: str) -> None:
+    source = tmp_path / "numbers.safetensors"
+    save_file(load_file(encoder), source, {"tokenizer.ggml.odd_token_id": number, "tokenizer.ggml.good_token_id": "7"})
+    quantize(source, tmp_path / "t5.gguf", "Q8_0")
+    fields = gguf.GGUFReader(tmp_path / "t5.gguf").fields
+    assert fields["tokenizer.ggml.odd_token_id"].contents() == number
+    assert fields["tokenizer.ggml.good_token_id"].contents() == 7

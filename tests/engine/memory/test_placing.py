@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,16 +11,18 @@ from typing import Any
 import pytest
 import torch
 from budget import Budget
+from comfy_quant_files import packed
 from family import DEV, Family
 from flux_kit.engine.memory import Placed, part_weights, weights_of
 from flux_kit.engine.memory.placing import CudaLane, PinnedCopies
 from flux_kit.engine.models.modulation import ModulationTable
 from flux_kit.engine.models.ops import PLAIN
-from flux_kit.engine.weights import detect, load, open_checkpoint
+from flux_kit.engine.weights import detect, load, open_checkpoint, to_diffusers
 from gguf_files import quantise
 from safetensors.torch import save_file
 
 FORMATS = ("F32", "F8_E4M3", "Q8_0", "Q4_0")
+State = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +68,61 @@ def test_a_header_tells_what_loading_will_take(transformers: dict[str, Path], ty
         assert replace(told, made=0) == found
         assert told.total + told.home == sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
         assert told.home and len(told.blocks) == DEV.depth + DEV.depth_single_blocks
+
+
+def four_bit(state: State) -> State:
+    """Matrices of the blocks as bitsandbytes keeps them, codes and scales without meaning."""
+    found = {}
+    for name, tensor in state.items():
+        if tensor.ndim != 2 or "blocks" not in name or tensor.shape[1] % 64:
+            found[name] = tensor
+            continue
+        words = json.dumps({"quant_type": "nf4", "blocksize": 64, "shape": list(tensor.shape)}).encode()
+        found |= {name: torch.zeros(tensor.numel() // 2, dtype=torch.uint8),
+                  f"{name}.absmax": torch.ones(tensor.numel() // 64),
+                  f"{name}.quant_state.bitsandbytes__nf4": torch.frombuffer(bytearray(words), dtype=torch.uint8)}
+    return found
+
+
+def fp8(state: State, scale: bool = False) -> State:
+    found = {name: tensor.to(torch.float8_e4m3fn) if tensor.ndim == 2 else tensor for name, tensor in state.items()}
+    scales = {name.replace(".weight", ".scale_weight"): torch.ones(()) for name, tensor in state.items()
+              if scale and tensor.ndim == 2}
+    return found | scales
+
+
+def mixed(state: State) -> State:
+    return {name: tensor.to(torch.float8_e4m3fn) if "to_q" in name else tensor for name, tensor in state.items()}
+
+
+def comfy(kind: str) -> Callable[[State], State]:
+    return lambda state: packed(state, lambda name: kind if "blocks" in name else None)[0]
+
+
+PRECISIONS: dict[str, Callable[[State], State]] = {
+    "bf16": lambda state: state, "fp8": fp8, "scaled fp8": lambda state: fp8(state, scale=True), "q in fp8": mixed,
+    "NF4": four_bit, **{kind: comfy(kind) for kind in ("INT8", "MXFP8", "NVFP4_16", "NVFP4_16 with columns")}}
+
+
+@pytest.mark.parametrize("layout", ["bfl", "diffusers"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", PRECISIONS)
+def test_a_header_tells_what_is_not_mapped(family: Family, tmp_path: Path, kind: str, dtype: torch.dtype, layout: str
+                                           ) -> None:
+    """Numbers that are cast, fused from several tensors or put together take host memory; all others do not."""
+    state = {name: tensor.to(torch.bfloat16) for name, tensor in family.dev.items()}
+    stored = PRECISIONS[kind](state if layout == "bfl" else to_diffusers(state, DEV))
+    save_file(stored, tmp_path / "m.safetensors")
+    with open_checkpoint(tmp_path / "m.safetensors") as checkpoint:
+        told = part_weights(checkpoint, detect(checkpoint).parts["transformer"], dtype)
+        model = load(checkpoint, "transformer", dtype=dtype)
+        (file,) = checkpoint.files
+        begin, size = file.view(0, 1).data_ptr(), file.identity[2]
+        made = sum(tensor.nbytes for name, tensor in model.named_parameters()
+                   if not begin <= tensor.data_ptr() < begin + size and "scale_weight" not in name)
+    ModulationTable(model)
+    assert told.made == made
+    assert replace(told, made=0) == weights_of(model, "transformer", dtype)
 
 
 @pytest.mark.parametrize("type", FORMATS)
@@ -119,6 +177,16 @@ def test_a_device_too_small_leaves_the_model_as_it_was(transformers: dict[str, P
     with pytest.raises(torch.OutOfMemoryError):
         Placed(model, "transformer", device)
     assert device.held == 0 and all(dict(model.named_parameters())[name] is tensor for name, tensor in before.items())
+
+
+def test_a_weight_that_cannot_be_copied_leaves_the_model_as_it_was() -> None:
+    layer = PLAIN.Linear(4, 4).requires_grad_(False)
+    layer.bias = torch.nn.Parameter(torch.empty(4, device="meta"), requires_grad=False)  # has nothing to copy
+    before = dict(layer.named_parameters())
+    device = Budget(4096)
+    with pytest.raises(NotImplementedError):
+        Placed(layer, "vae", device)
+    assert device.held == 0 and all(dict(layer.named_parameters())[name] is tensor for name, tensor in before.items())
 
 
 class Machine:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from flux_kit.engine.errors import BadInput, NotEnoughMemory
-from flux_kit.engine.memory import Activations, PartWeights, estimate_weights, plan
+from flux_kit.engine.memory import Activations, PartWeights, device_free, device_total, estimate_weights, plan
 from flux_kit.engine.memory import activations as formulas
 from flux_kit.engine.memory.weights import UNPACK_BYTES, unpack_bytes
 from flux_kit.engine.models.attention import apply_rope
@@ -164,3 +164,9 @@ def test_the_published_sizes() -> None:
         sizes[precision] = estimate_weights(names, {"transformer": part}, torch.bfloat16)["transformer"]
     assert sizes["BF16"] == sum(tensor.numel() for tensor in model.parameters()) * 2 == 23_802_816_640
     assert 6.7e9 < sizes["Q4_K_S"] < 6.9e9
+
+
+def test_a_torch_that_does_not_tell_metal_s_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.4, the oldest that is taken, does not."""
+    monkeypatch.delattr(torch.mps, "recommended_max_memory")
+    assert device_free(torch.device("mps")) is None and device_total(torch.device("mps")) is None

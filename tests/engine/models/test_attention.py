@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from flux_kit.engine.models import attention as module
@@ -104,3 +106,24 @@ def test_positions_far_out_keep_their_digits() -> None:
     angle = 20_000.0 * 10_000 ** -(torch.arange(0, 16, 2).double() / 16)
     assert torch.equal(far[:, 0, 0], angle.cos().float())
     assert torch.equal(far[:, 1, 0], angle.sin().float())
+
+
+class OnMps(Tensor):
+    """Positions as they are on MPS, whose copy to the CPU cannot widen them on the way (TypeError since torch 1.12)."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.double or any(one is torch.float64 for one in (*args, *(kwargs or {}).values())):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        if func is Tensor.cpu:
+            with torch._C.DisableTorchFunctionSubclass():
+                return args[0].as_subclass(Tensor)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_angles_are_widened_once_they_are_on_the_cpu() -> None:
+    positions = torch.arange(7)[None].float()
+    on_mps = positions.as_subclass(OnMps)
+    with pytest.raises(TypeError):
+        on_mps.to("cpu", torch.float64)
+    assert torch.equal(rope(on_mps, 8, 10_000), rope(positions, 8, 10_000))

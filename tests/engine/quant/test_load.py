@@ -212,6 +212,38 @@ def test_parts_of_several_types_are_unpacked(tmp_path: Path) -> None:
     assert half.double_blocks[0].img_attn.qkv.weight.dtype == torch.bfloat16
 
 
+NARROW = {"fp8": torch.float8_e4m3fn, "fp16": torch.float16}
+
+
+@pytest.mark.parametrize("narrow", ["fp8", "scaled fp8", "fp16", "Q8_0"])
+def test_parts_of_several_types_keep_their_numbers_as_stored(tmp_path: Path, narrow: str) -> None:
+    """Without a dtype asked for, the first of q, k, v does not decide what becomes of the others."""
+    from flux_kit.engine.weights import from_diffusers
+
+    state = state_of(Flux, FLUX)
+    split = {name: tensor.to(torch.bfloat16) for name, tensor in to_diffusers(state, FLUX).items()}
+    first = "transformer_blocks.0.attn.to_q.weight"
+    split[first.replace("to_q", "to_k")][3, 5] = 1e6  # no number of fp16 or fp8
+    stored: Stored = dict(split)
+    numbers = {name: tensor.float() for name, tensor in split.items()}
+    if narrow == "Q8_0":
+        packed, unpacked = pack({first: numbers[first]}, lambda _: narrow)
+        stored, numbers = stored | packed, numbers | unpacked
+        path = write_gguf(tmp_path / "flux.gguf", stored)
+    else:
+        scale = 2.0**-6 if narrow.startswith("scaled") else 1.0
+        stored[first] = (numbers[first] / scale).to(NARROW[narrow.removeprefix("scaled ")])
+        numbers[first] = stored[first].float() * scale
+        if scale != 1:
+            stored[first.replace("weight", "scale_weight")] = torch.tensor(scale)
+        path = tmp_path / "flux.safetensors"
+        save_file(stored, path)
+    model = load(path, "transformer", dtype=None)
+    whole = from_diffusers(numbers, FLUX, {key: tuple(value.shape) for key, value in state.items()})
+    assert torch.equal(model.double_blocks[0].img_attn.qkv.weight.float(), whole["double_blocks.0.img_attn.qkv.weight"])
+    assert model.double_blocks[0].txt_attn.qkv.weight.dtype == torch.bfloat16
+
+
 # ------------------------------------------------------------------------------------------------- encoders
 
 LLAMA = ((r"^encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.([qkvo])\.", r"enc.blk.\1.attn_\2."),
@@ -341,17 +373,31 @@ def test_scaled_fp8(tmp_path: Path, layout: str, names: tuple[str, str]) -> None
 # ------------------------------------------------------------------------------------------------- memory
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def mapped(path: Path, tensor: Tensor) -> bool:
+    """Whether a tensor is a view of the file."""
+    maps = re.findall(rf"^(\w+)-(\w+) .*{re.escape(str(path))}$", Path("/proc/self/maps").read_text(), re.M)
+    return any(int(begin, 16) <= tensor.data_ptr() < int(end, 16) for begin, end in maps)
+
+
 def test_packed_bytes_are_views_of_the_file(tmp_path: Path) -> None:
     stored, _ = pack(state_of(Flux, FLUX), lambda _: "Q4_0")
     path = write_gguf(tmp_path / "flux.gguf", stored)
     model = load(path, "transformer", dtype=torch.bfloat16)
-    maps = re.findall(rf"^(\w+)-(\w+) .*{re.escape(str(path))}$", Path("/proc/self/maps").read_text(), re.M)
-    spans = [(int(begin, 16), int(end, 16)) for begin, end in maps]
-    for layer in model.modules():
-        if isinstance(layer, Linear):
-            assert any(begin <= layer.weight.data_ptr() < end for begin, end in spans)
+    assert all(mapped(path, layer.weight) for layer in model.modules() if isinstance(layer, Linear))
     biases = [layer.bias for layer in model.modules() if isinstance(layer, Linear)]
     assert {bias.dtype for bias in biases} == {torch.bfloat16}
+
+
+def test_fp8_behind_an_odd_number_of_bytes_is_a_view_too(tmp_path: Path) -> None:
+    """Writers put a marker of two bytes among the weights; what is read byte by byte need not be aligned."""
+    stored, numbers = fp8_state(state_of(Flux, FLUX), torch.float8_e4m3fn, scales={})
+    stored["scaled_fp8"] = torch.zeros(3, dtype=torch.float8_e4m3fn)
+    path = tmp_path / "flux.safetensors"
+    save_file(stored, path)
+    model = load(path, "transformer")
+    weights = [layer.weight for layer in model.modules() if isinstance(layer, Linear)]
+    assert any(weight.data_ptr() % 4 for weight in weights) and all(mapped(path, weight) for weight in weights)
+    same_pictures(model, numbers)
 
 
 def test_a_model_of_the_host_gets_its_packed_layers(tmp_path: Path) -> None:
@@ -476,6 +522,19 @@ def test_types_without_meaning_as_weights_are_named(tmp_path: Path) -> None:
     stored, _ = pack(state_of(Flux, FLUX), lambda _: None)
     stored["img_in.bias"] = stored["img_in.bias"].int()
     assert "img_in.bias' (I32)" in refused(write_gguf(tmp_path / "flux.gguf", stored))
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int64, torch.bool, torch.complex64])
+def test_scales_that_are_no_floats_are_named(tmp_path: Path, kind: torch.dtype) -> None:
+    stored = {**state_of(Flux, FLUX), "img_in.scale_weight": torch.ones(1, dtype=kind)}
+    save_file(stored, tmp_path / "flux.safetensors")
+    assert "'img_in.scale_weight' (" in refused(tmp_path / "flux.safetensors")
+
+
+def test_a_packed_scale_is_named(tmp_path: Path) -> None:
+    stored, _ = pack(state_of(Flux, FLUX), lambda _: "Q8_0")
+    stored["img_in.scale_weight"] = random_blocks("Q8_0", 1, 64), "Q8_0"
+    assert "'img_in.scale_weight' (Q8_0)" in refused(write_gguf(tmp_path / "flux.gguf", stored))
 
 
 def test_a_row_of_no_whole_blocks_is_refused(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import mmap
 import os
 import pickle
 import sys
@@ -99,6 +101,25 @@ def test_a_file_that_changed_between_opening_and_reading_is_refused(model: Path)
         checkpoint["a.weight"].read()
 
 
+def test_memory_that_does_not_hold_the_map_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    with open_checkpoint(model) as checkpoint:
+        monkeypatch.setattr(mmap, "mmap", none_left)
+        with pytest.raises(BadModelFile, match=r"model.safetensors: cannot be mapped .*\(Cannot allocate memory\)"):
+            checkpoint["a.weight"].read()
+
+
+@LINUX
+@pytest.mark.parametrize("suffix", [".safetensors", ".gguf"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, suffix: str) -> None:
+    """A bad disk, a network that is gone: here the memory of this process, which has nothing at its start."""
+    (tmp_path / f"model{suffix}").symlink_to("/proc/self/mem")
+    with pytest.raises(BadModelFile, match=f"model{suffix}: cannot be read"):
+        open_checkpoint(tmp_path / f"model{suffix}")
+
+
 # ------------------------------------------------------------------------------------------------- what is refused
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt", ".PT"])
@@ -186,6 +207,8 @@ BAD_MAPS = {
     "a tensor the index leaves out": ({"a.weight": FIRST, "b": FIRST, "c": SECOND}, "do not belong"),
     "a tensor that is nowhere": ({"a.weight": FIRST, "b": FIRST, "c": SECOND, "d": SECOND, "e": FIRST},
                                  "do not belong"),
+    "a name too long for any system": ({"a.weight": FIRST, "b": FIRST, "c": "c" * 300 + ".safetensors"},
+                                       "shard is missing"),
     "a parent folder": ({"a": "../secret.safetensors"}, "may not name"),
     "a parent folder within": ({"a": "x/../../secret.safetensors"}, "may not name"),
     "an absolute path": ({"a": "/etc/secret.safetensors"}, "may not name"),

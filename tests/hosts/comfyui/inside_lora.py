@@ -11,8 +11,10 @@ from typing import Any
 from unittest import mock
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.ops
 import comfy.sd
+import comfy.text_encoders.sd3_clip
 import comfy.utils
 import folder_paths
 import torch
@@ -131,6 +133,85 @@ def lora_steps_and_places() -> Any:
     return found
 
 
+@check
+def lora_order() -> Any:
+    """Two rows that replace a norm, at strengths that others have too; and a shift of the times behind Apply LoRAs."""
+    if not FILES:
+        return {}
+    model, prompt = HOST.load_model(MODEL), conditioning()
+    first, earlier, later = rows("kohya", 1.0), rows("norm a", 0.5), rows("norm b", 1.0)
+    stacks = {"both": [*first, *earlier, *later], "earlier": [*first, *earlier], "later": [*first, *later]}
+    outs = {name: sampled(HOST.with_loras(model, None, stack)[0], prompt) for name, stack in stacks.items()}
+    before, after = (sampled(made, prompt, steps=8) for made in (
+        ours(HOST.with_shift(model, 3.0), "kohya", end=0.5), HOST.with_shift(ours(model, "kohya", end=0.5), 3.0)))
+    return {"later": relative(outs["both"], outs["later"]), "earlier": relative(outs["both"], outs["earlier"]),
+            "shift": relative(after, before),
+            "ranged": relative(before, sampled(HOST.with_shift(model, 3.0), prompt, steps=8))}
+
+
+def in_part(patcher: Any, prompt: Any) -> torch.Tensor:
+    """Sampled with next to nothing loaded."""
+    whole = comfy.model_patcher.ModelPatcher.load
+
+    def load(self: Any, device: Any = None, *args: Any, **options: Any) -> Any:
+        return whole(self, device, **{**options, "lowvram_model_memory": 2000, "full_load": False})
+
+    comfy.model_management.unload_all_models()
+    with mock.patch.object(comfy.model_patcher.ModelPatcher, "load", load):
+        return sampled(patcher, prompt)
+
+
+@check
+def lora_reads_weights() -> Any:
+    """LoRAs that depend on the weight, beside it, where another LoRA changes it: loaded, streamed, and by the host."""
+    found: dict[str, Any] = {}
+    prompt = conditioning() if FILES else None
+    for kind, model in models().items() if FILES else ():
+        under = sampled(ours(model, "under"), prompt)
+        for name in ("dora", "oft2"):
+            beside, fixed = (HOST.with_loras(model, None, [*rows("under"), *rows(name, 1.0, **more)])[0]
+                             for more in ({"end": 0.999}, {}))
+            expected = sampled(fixed, prompt)
+            found[f"{name} on {kind}"] = {"loaded": relative(sampled(beside, prompt), expected),
+                                          "streamed": relative(in_part(beside, prompt), expected),
+                                          "changed": relative(expected, under)}
+    return found
+
+
+def scaled_fp8(layer: Any) -> Any:
+    """Core's layer of 8-bit weights with a scale, in the place of a plain one."""
+    own = layer.weight.detach().float()
+    options = {"bias": layer.bias is not None, "device": "cpu"}
+    if hasattr(comfy.ops, "scaled_fp8_ops"):
+        scale = own.abs().max() / 448
+        made = comfy.ops.scaled_fp8_ops(fp8_matrix_mult=False, scale_input=False).Linear(
+            layer.in_features, layer.out_features, dtype=torch.float8_e4m3fn, **options)
+        made.scale_weight = torch.nn.Parameter(scale, requires_grad=False)
+        weight = (own / scale).to(torch.float8_e4m3fn)
+    else:
+        made = comfy.ops.mixed_precision_ops({}, compute_dtype=torch.float32).Linear(
+            layer.in_features, layer.out_features, dtype=torch.float32, **options)
+        made.quant_format, made.layout_type = "float8_e4m3fn", "TensorCoreFP8E4M3Layout"
+        weight = comfy.ops.QuantizedTensor.from_float(own, made.layout_type, scale="recalculate")
+    made.weight, made.bias = torch.nn.Parameter(weight, requires_grad=False), layer.bias
+    return made
+
+
+@check
+def lora_reads_scaled_weights() -> Any:
+    if not FILES:
+        return {}
+    plain, prompt = HOST.load_model(MODEL), conditioning()
+    model = core_patcher(plain)
+    flux = model.model.diffusion_model
+    flux.single_blocks[1].linear1 = scaled_fp8(flux.single_blocks[1].linear1)
+    out = {name: sampled(ours(model, "dora", 1.0, **more), prompt) for name, more in
+           {"merged": {}, "beside": {"mode": "side"}}.items()}
+    shares = [HOST.lora_share(one, FOLDER / "loras" / "dora.safetensors").total for one in (plain, model)]
+    return {"off": relative(out["beside"], out["merged"]), "changed": relative(out["beside"], sampled(model, prompt)),
+            "shares": shares}
+
+
 def hooks_left(model: Any) -> int:
     return sum(len(layer._forward_hooks) + len(layer._forward_pre_hooks)
                for layer in model.model.diffusion_model.modules())
@@ -179,6 +260,12 @@ def lora_refused() -> Any:
         found["twice"] = {"off": relative(sampled(twice, prompt), sampled(ours(model, "kohya"), prompt)), "told": told,
                           "patches": len(model.patches)}
         found["reports"] = {kind: HOST.with_loras(model, None, rows("kohya"))[2] for kind, model in models().items()}
+        other = mock.Mock(cond_stage_model=comfy.text_encoders.sd3_clip.SD3ClipModel(False, False, False))
+        try:
+            HOST.with_loras(model, other, rows("text"))
+            found["other clip"] = ""
+        except ERRORS.FluxKitError as error:
+            found["other clip"] = str(error)
         picture = {"concat_latent_image": torch.randn(1, 16, 12, 16, generator=torch.Generator().manual_seed(2))}
         control = ours(model, "control", 1.0)
         try:

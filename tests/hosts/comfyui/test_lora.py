@@ -22,7 +22,9 @@ from torch import Tensor
 SAME = 1e-5
 HALF = 0.03  # bf16: merged weights and side paths round in other places
 ROOT = Path(__file__).parents[3]
-CHECKS = ("lora_apply", "lora_dialects", "lora_partial_load", "lora_steps_and_places", "lora_text", "lora_refused")
+ROUNDED = 0.03  # the host rounds merged 8-bit weights at random
+CHECKS = ("lora_apply", "lora_dialects", "lora_partial_load", "lora_steps_and_places", "lora_text", "lora_refused",
+          "lora_order", "lora_reads_weights", "lora_reads_scaled_weights")
 
 
 @pytest.fixture(scope="session")
@@ -82,6 +84,27 @@ def test_steps_and_places(inside: Inside) -> None:
         assert case["base"] and case["hooks"] == case["more"] == 0, kind
 
 
+def test_order_of_rows_and_nodes(inside: Inside) -> None:
+    found = inside("lora_order")
+    assert found["later"] <= SAME and found["earlier"] > 1e-3
+    assert found["shift"] <= SAME and found["ranged"] > 1e-3
+
+
+def test_what_depends_on_weights_that_others_change(inside: Inside) -> None:
+    found = inside("lora_reads_weights")
+    assert len(found) == 8
+    for name, case in found.items():
+        same = HALF if "bf16" in name else SAME
+        assert case["loaded"] <= same and case["streamed"] <= same, (name, case)
+        assert case["changed"] > 0.03, name
+
+
+def test_what_depends_on_scaled_8_bit_weights(inside: Inside) -> None:
+    found = inside("lora_reads_scaled_weights")
+    assert found["off"] <= ROUNDED < found["changed"]
+    assert found["shares"][1] == pytest.approx(found["shares"][0], rel=0.02)
+
+
 def test_text_encoders(inside: Inside) -> None:
     found = inside("lora_text")
     assert max(found["off"]) <= SAME and min(found["changed"]) > 1e-4 and found["base"]
@@ -103,6 +126,7 @@ def test_a_missing_file_and_the_same_file_twice(inside: Inside) -> None:
     found = inside("lora_refused")
     assert "kohia.safetensors" in found["missing"] and "near: kohya.safetensors" in found["missing"]
     assert "tiny_flux" not in found["missing"]
+    assert "this CLIP is of another model (SD3ClipModel)" in found["other clip"]
     twice = found["twice"]
     assert twice["off"] <= SAME and "stands more than once: its strengths add" in twice["told"] and not twice["patches"]
 

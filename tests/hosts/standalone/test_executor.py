@@ -44,7 +44,8 @@ def _remember(cls: Any, **given_: Any) -> bool:
 
 def _fail(x: int = 0) -> Any:
     raise {0: ValueError("bad\nthing"), 1: NotFinite("NaN in step 3"), 2: Interrupted("stopped"),
-           3: torch.OutOfMemoryError("no room"), 4: KeyError("k")}[x]
+           3: torch.OutOfMemoryError("no room"), 4: KeyError("k"),
+           5: RuntimeError("alloc_cpu.cpp:1: can't allocate memory")}[x]
 
 
 NODES = {node.GET_SCHEMA().node_id: node for node in [
@@ -306,6 +307,7 @@ def test_dicts_and_too_few_outputs():
     (1, NotFinite, r"^node 1 \(Fails\): NaN in step 3$"),
     (2, Interrupted, r"^node 1 \(Fails\): stopped$"),
     (3, FluxKitError, "OutOfMemoryError: no room. There was not enough memory"),
+    (5, FluxKitError, r"RuntimeError: .*can't allocate memory. There was not enough memory"),
 ])
 def test_errors_name_the_node_and_keep_type_and_cause(x, kind, said):
     executor = Executor(NODES)

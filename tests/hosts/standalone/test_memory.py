@@ -12,6 +12,7 @@ from family import Family
 from flux_kit.engine.convert import quantize
 from flux_kit.engine.errors import BadInput, NotEnoughMemory
 from flux_kit.engine.memory import Placed, activations, weights_of
+from flux_kit.engine.models.tiling import decode_tiled
 from flux_kit.engine.quant import UnpackedCache
 from flux_kit.hosts.standalone.folders import Folders
 from flux_kit.hosts.standalone.host import StandaloneHost
@@ -174,6 +175,33 @@ def test_running_out_in_the_middle_moves_everything_off(files: Path, monkeypatch
         assert {name: tensor.data_ptr() for name, tensor in parts[0].flux.named_parameters()} == homes
     run.picture(parts)
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
+
+
+def test_what_the_host_has_no_memory_for_is_refused_before_it_is_tried(files: Path, monkeypatch: pytest.MonkeyPatch
+                                                                       ) -> None:
+    """On a CPU nothing else would say it: the system ends a program that takes too much."""
+    run = Run(files)
+    model, clip, vae = run.load()
+    positive, latent = run.host.encode_prompt(clip, "x"), run.host.empty_latent(48, 320)
+    spec, image = vae.autoencoder.spec, torch.rand(1, 320, 48, 3)
+    whole, strips = activations.decode_bytes(spec, 48, 320, 4), activations.strip_bytes(spec, 48, 320, 4)
+    assert strips < whole
+    picture = run.host.decode(vae, latent)
+    told: list[bool] = []
+    monkeypatch.setattr("flux_kit.hosts.standalone.host.decode_tiled", lambda *given, **more: (
+        told.append(True), decode_tiled(*given, **more))[1])
+    monkeypatch.setattr("flux_kit.hosts.standalone.memory.host_free", lambda swap=False: strips)
+    assert torch.allclose(run.host.decode(vae, latent), picture, atol=1e-4) and told
+    monkeypatch.setattr("flux_kit.hosts.standalone.memory.host_free", lambda swap=False: 1 << 40 if swap else 4096)
+    assert torch.allclose(run.host.decode(vae, latent), picture, atol=1e-4)     # the system may swap
+    monkeypatch.setattr("flux_kit.hosts.standalone.memory.host_free", lambda swap=False: 4096)
+    for work in (lambda: run.host.decode(vae, latent), lambda: run.host.encode(vae, image),
+                 lambda: run.host.encode_prompt(clip, "x"),
+                 lambda: run.host.sample(model, positive, None, latent, seed=7, steps=STEPS)):
+        with pytest.raises(NotEnoughMemory, match=r"MiB of host memory are missing.*smaller picture"):
+            work()
+    with run.host.residence.running("depth map", [], 1 << 30) as in_strips:     # a rough figure refuses nothing
+        assert not in_strips
 
 
 def test_unknown_mode(files: Path) -> None:

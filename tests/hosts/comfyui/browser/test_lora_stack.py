@@ -128,6 +128,30 @@ def test_the_tree_opens_by_keyboard_and_shows_pictures(frontend: Frontend, reque
     assert rows_of(frontend) == [] and page.evaluate("() => app.graph.nodes.length") == 1
 
 
+def test_undo_shows_the_rows_that_count(frontend: Frontend) -> None:
+    editor, page = opened(frontend, [{"lora": RED, "model": 0.5}, {"lora": INK}]), frontend.page
+    editor.get_by_role("button", name="Remove sumi-e flux rank16").click()
+    page.mouse.click(900, 700)
+    page.wait_for_timeout(300)
+    assert rows_of(frontend) == [{"lora": RED, "model": 0.5}]
+    page.keyboard.press("Control+z")
+    page.wait_for_timeout(1000)
+    assert rows_of(frontend) == [{"lora": RED, "model": 0.5}, {"lora": INK}]
+    editor = shown(frontend)
+    assert editor.get_by_role("listitem").count() == 2
+    editor.get_by_role("switch").nth(1).click()
+    assert rows_of(frontend) == [{"lora": RED, "model": 0.5}, {"lora": INK, "on": False}]
+
+
+def test_what_is_typed_counts_at_once(frontend: Frontend) -> None:
+    """A run by Ctrl+Enter comes before the browser tells of a change."""
+    editor = opened(frontend, [{"lora": RED}])
+    editor.get_by_role("button", name="More of red").click()
+    editor.get_by_role("textbox", name="Block weights").click()
+    frontend.page.keyboard.type("single = 0")
+    assert rows_of(frontend) == [{"lora": RED, "blocks": "single = 0"}]
+
+
 def test_details_are_set_and_every_part_has_a_name(frontend: Frontend, request: pytest.FixtureRequest) -> None:
     editor, page = opened(frontend, [{"lora": RED}]), frontend.page
     editor.get_by_role("button", name="More of red").click()
