@@ -42,6 +42,7 @@ Vae = _io.Vae
 _SCHEMA_KEYWORDS = frozenset(inspect.signature(_io.Schema).parameters)
 ALL_IN_ONE = "checkpoints"
 FROM_MODEL = "from the model file"
+REPORT_TIP = "What was found, changed or ignored."
 NO_FILES = {FROM_MODEL}  # choices of file widgets that name no file
 
 
@@ -53,6 +54,19 @@ def host() -> Host:
 def Schema(**keywords: Any) -> Any:  # noqa: N802 - stands in for the host's class
     """The host's Schema of the keywords that it knows."""
     return _io.Schema(**{name: value for name, value in keywords.items() if name in _SCHEMA_KEYWORDS})
+
+
+def report_output() -> Any:
+    """The last output of nodes that change what they are given."""
+    return String.Output("report", display_name="report", tooltip=REPORT_TIP)
+
+
+def told(notes: Iterable[str]) -> str:
+    """Notes as the report, shown with the node too."""
+    report = "\n".join(notes)
+    if report:
+        host().show(report)
+    return report
 
 
 def files(kind: str, *before: str) -> list[str]:

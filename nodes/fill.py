@@ -8,7 +8,6 @@ from ..engine.conditioning import fill
 from ..engine.conditioning.pictures import with_values, zeroed
 from . import api
 from .api import host
-from .regions import report_output, told
 
 OFFICIAL, BINARY = "official-soft", "binary"
 OFF, SOFT = "off", "soft"
@@ -45,7 +44,7 @@ class FluxKitFill(api.ComfyNode):
                      api.Conditioning.Output("NEGATIVE", display_name="negative",
                                              tooltip="The negative prompt with picture and mask."),
                      api.Latent.Output("LATENT", tooltip="The picture as a latent, of the size to sample."),
-                     report_output()])
+                     api.report_output()])
 
     @classmethod
     def execute(cls, positive: Any, vae: Any, image: Any, mask: Any, guidance: float, mask_mode: str, noise_mask: str,
@@ -56,4 +55,4 @@ class FluxKitFill(api.ComfyNode):
         made = with_values(positive, values)
         other = zeroed(made) if negative is None else with_values(negative, values, "negative")
         latent = fill.latent_of(host().encode(vae, parts.picture)["samples"], parts, noise_mask=noise_mask == SOFT)
-        return api.NodeOutput(made, other, latent, told(parts.notes))
+        return api.NodeOutput(made, other, latent, api.told(parts.notes))

@@ -9,7 +9,6 @@ from ..engine.conditioning.pictures import to_encode
 from ..hosts.names import check_prefix, problems
 from . import api
 from .api import host
-from .regions import told
 
 
 class FluxKitDecode(api.ComfyNode):
@@ -43,7 +42,7 @@ class FluxKitEncode(api.ComfyNode):
     @classmethod
     def execute(cls, image: Any, vae: Any, mask: Any = None) -> Any:
         mask, notes = to_encode(image, mask)
-        told(notes)
+        api.told(notes)
         return api.NodeOutput(host().encode(vae, image, mask=mask))
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from ..engine.conditioning import canvas, masks, regions
 from . import api
-from .api import host
 from .sizes import ASPECTS, CUSTOM
 
 MENU = "Flux Kit/Image"
@@ -19,7 +18,6 @@ GROW_TIP = "Pixels by which edges move outward; below 0 inward. The border of th
 FEATHER_TIP = "Width in pixels of a soft rim added outside the mask. The mask itself stays white."
 THRESHOLD_TIP = "What is at least this white becomes white, the rest black. 0 keeps soft values."
 SNAP_TIP = "Makes every cell of 8 (a latent pixel) or 16 pixels (a token) wholly white where any of it is."
-REPORT_TIP = "What was found, changed or ignored."
 ASPECT_TIP = ("Width : height of the canvas. custom: by the sides below. What is missing for an aspect is added to the "
               "sides that have pixels below, or evenly to both.")
 OVERLAP_TIP = "How far the mask reaches into the picture on the sides that grow, so that the seam is painted anew."
@@ -38,18 +36,6 @@ MATCH_TIP = ("Takes out how far brightness and contrast of the edit drifted, mea
              "in the region, outside blend. 0: off. 1: all of it.")
 
 
-def report_output() -> Any:
-    return api.String.Output("report", display_name="report", tooltip=REPORT_TIP)
-
-
-def told(notes: list[str]) -> str:
-    """Notes as the report, shown with the node too."""
-    report = "\n".join(notes)
-    if report:
-        host().show(report)
-    return report
-
-
 class FluxKitMaskRefine(api.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
@@ -66,14 +52,14 @@ class FluxKitMaskRefine(api.ComfyNode):
                     api.Boolean.Input("fill_holes", default=True, tooltip="Whitens what the mask encloses."),
                     api.Boolean.Input("invert", default=False, tooltip="Swaps black and white, before all else."),
                     api.Combo.Input("snap", options=[NO_SNAP, "8", "16"], default=NO_SNAP, tooltip=SNAP_TIP)],
-            outputs=[api.Mask.Output("MASK", tooltip="The refined mask."), report_output()])
+            outputs=[api.Mask.Output("MASK", tooltip="The refined mask."), api.report_output()])
 
     @classmethod
     def execute(cls, mask: Any, grow: int, feather: int, threshold: float, fill_holes: bool, invert: bool,
                 snap: str) -> Any:
         made, notes = masks.refine(mask, masks.Refinement(grow, feather, threshold, fill_holes, invert,
                                                           0 if snap == NO_SNAP else int(snap)))
-        return api.NodeOutput(made, told(notes))
+        return api.NodeOutput(made, api.told(notes))
 
 
 class FluxKitOutpaintCanvas(api.ComfyNode):
@@ -94,14 +80,14 @@ class FluxKitOutpaintCanvas(api.ComfyNode):
                     api.Combo.Input("fill", options=list(canvas.FILLS), default="grey", tooltip=FILL_TIP),
                     api.Combo.Input("multiple", options=MULTIPLES, default="16", tooltip=CANVAS_MULTIPLE_TIP)],
             outputs=[api.Image.Output("IMAGE", tooltip="The picture on its canvas."),
-                     api.Mask.Output("MASK", tooltip="White on all that is to be painted."), report_output()])
+                     api.Mask.Output("MASK", tooltip="White on all that is to be painted."), api.report_output()])
 
     @classmethod
     def execute(cls, image: Any, aspect: str, left: int, top: int, right: int, bottom: int, overlap: int, fill: str,
                 multiple: str) -> Any:
         made, mask, notes = canvas.outpaint_to(image, canvas.Pads(left, top, right, bottom), aspect=ASPECTS[aspect],
                                                multiple=int(multiple), overlap=overlap, fill=fill)
-        return api.NodeOutput(made, mask, told(notes))
+        return api.NodeOutput(made, mask, api.told(notes))
 
 
 class FluxKitRegionCrop(api.ComfyNode):
@@ -128,13 +114,13 @@ class FluxKitRegionCrop(api.ComfyNode):
                      api.Mask.Output("blend", display_name="blend", tooltip="The mask on the whole picture."),
                      api.Int.Output("width", display_name="width", tooltip="Width of the part in pixels."),
                      api.Int.Output("height", display_name="height", tooltip="Height of the part in pixels."),
-                     report_output()])
+                     api.report_output()])
 
     @classmethod
     def execute(cls, image: Any, mask: Any, if_empty: str, multiple: str, **settings: Any) -> Any:
         made = regions.crop(image, mask, multiple=int(multiple), whole_if_empty=if_empty == WHOLE, **settings)
         return api.NodeOutput(made.image, made.mask, made.region, made.blend, made.width, made.height,
-                              told(made.notes))
+                              api.told(made.notes))
 
 
 class FluxKitRegionPaste(api.ComfyNode):
@@ -154,11 +140,11 @@ class FluxKitRegionPaste(api.ComfyNode):
                     api.Float.Input("colour_match", default=0.0, **SHARE, tooltip=MATCH_TIP),
                     api.Boolean.Input("use_blend", default=True,
                                       tooltip="Off: all of the region is replaced, whatever blend says.")],
-            outputs=[api.Image.Output("IMAGE", tooltip="The whole picture with the edit in it."), report_output()])
+            outputs=[api.Image.Output("IMAGE", tooltip="The whole picture with the edit in it."), api.report_output()])
 
     @classmethod
     def execute(cls, image: Any, edited: Any, colour_match: float, use_blend: bool, region: Any = None,
                 blend: Any = None) -> Any:
         made, notes = regions.paste(image, edited, region=region, blend=blend, use_blend=use_blend,
                                     colour_match=colour_match)
-        return api.NodeOutput(made, told(notes))
+        return api.NodeOutput(made, api.told(notes))

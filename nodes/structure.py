@@ -11,7 +11,6 @@ from ..hosts.names import problems
 from . import api
 from .api import host
 from .fill import NEGATIVE_TIP
-from .regions import report_output, told
 
 CANNY, DEPTH, AS_IS = MAPS = ("canny", "depth", "as is")
 NONE = "none"
@@ -51,7 +50,7 @@ class FluxKitStructureMap(api.ComfyNode):
                                   tooltip=RESOLUTION_TIP),
                     api.Int.Input("width", tooltip=WIDTH_TIP, **SIDE),
                     api.Int.Input("height", tooltip=WIDTH_TIP.replace("Width", "Height"), **SIDE)],
-            outputs=[api.Image.Output("IMAGE", tooltip="The map."), report_output()])
+            outputs=[api.Image.Output("IMAGE", tooltip="The map."), api.report_output()])
 
     @classmethod
     def validate_inputs(cls, kind: str | None = None, depth_model: str | None = None) -> bool | str:
@@ -67,7 +66,7 @@ class FluxKitStructureMap(api.ComfyNode):
         picture, notes = preprocess.at_size(image, width, height)
         near = host().nearness(depth_folder(depth_model), picture, resolution) if kind == DEPTH else None
         made, more = preprocess.map_of(picture, near, (low, high) if kind == CANNY else None, depth_range, invert)
-        return api.NodeOutput(made, told([*notes, *more]))
+        return api.NodeOutput(made, api.told([*notes, *more]))
 
 
 def depth_folder(name: str) -> Any:
@@ -97,7 +96,7 @@ class FluxKitStructure(api.ComfyNode):
             outputs=[api.Conditioning.Output("POSITIVE", display_name="positive", tooltip="The prompt with its map."),
                      api.Conditioning.Output("NEGATIVE", display_name="negative", tooltip="The negative one with it."),
                      api.Latent.Output("LATENT", tooltip="An empty latent of the map's size, to sample."),
-                     report_output()])
+                     api.report_output()])
 
     @classmethod
     def execute(cls, positive: Any, vae: Any, map: Any, kind: str, guidance: float, width: int,
@@ -107,4 +106,4 @@ class FluxKitStructure(api.ComfyNode):
         made = structure.both(positive, negative, host().encode(vae, prepared.image)["samples"], level,
                               beside_noise=model is not None and host().drops_control(model))
         latent = host().empty_latent(*prepared.size, len(prepared.image))
-        return api.NodeOutput(*made, latent, told(structure.report(prepared, kind, level)))
+        return api.NodeOutput(*made, latent, api.told(structure.report(prepared, kind, level)))

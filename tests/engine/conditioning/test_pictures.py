@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from flux_kit.engine.conditioning import canvas, fill, kontext, preprocess, redux, regions, structure
-from flux_kit.engine.conditioning.pictures import beyond
+from flux_kit.engine.conditioning.pictures import beyond, to_encode
 from flux_kit.engine.conditioning.resample import MAX_PIXELS, check_size
 from flux_kit.engine.errors import BadInput
 from torch import Tensor
@@ -37,7 +37,7 @@ TAKERS: dict[str, Callable[[Tensor], list[str]]] = {
     "outpaint": lambda image: canvas.outpaint_to(image, canvas.Pads(left=16))[2],
     "structure": lambda image: structure.prepare(image).notes,
     "map": lambda image: preprocess.at_size(image)[1],
-    "kontext": _kontext, "redux": _redux}
+    "encode": lambda image: to_encode(image, None)[1], "kontext": _kontext, "redux": _redux}
 
 
 @pytest.mark.parametrize("name", TAKERS)

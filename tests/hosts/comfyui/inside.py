@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 CHECKOUT, PACK, ONLY = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
 sys.argv = ["main.py", "--cpu"]
@@ -52,6 +53,8 @@ TINY = PACK / "tiny_flux" / "models"
 MODEL = TINY / "diffusion_models" / "tiny-flux-dev.safetensors"
 ENCODERS = [TINY / "text_encoders" / name for name in ("tiny-clip_l.safetensors", "tiny-t5.safetensors")]
 D = 128  # width of tiny-flux
+SHARES = {"all": None, "a third": 3, "nothing": 10**9}
+"""Of a model's bytes that are loaded, for `loading`."""
 
 
 def load_pack() -> Any:
@@ -158,6 +161,24 @@ def in_part_and_whole(patcher: Any, run: Any) -> tuple[list[Any], float]:
         part = run()
     with loaded(patcher) as everything:
         return [part, run()], some / everything
+
+
+@contextmanager
+def loading(share: int | None) -> Iterator[None]:
+    """The host loads one part in `share` of every model's weights; None: as it likes, which is all."""
+    comfy.model_management.unload_all_models()  # what is loaded would stay so
+    if share is None:
+        yield
+        return
+    load = comfy.model_patcher.ModelPatcher.load
+
+    def limited(self: Any, device_to: Any = None, lowvram_model_memory: int = 0, force_patch_weights: bool = False,
+                full_load: bool = False) -> Any:
+        return load(self, device_to, lowvram_model_memory=max(1, self.model_size() // share),
+                    force_patch_weights=force_patch_weights, full_load=False)
+
+    with mock.patch.object(comfy.model_patcher.ModelPatcher, "load", limited):
+        yield
 
 
 def held(patcher: Any) -> int:

@@ -24,10 +24,12 @@ from inside import (
     ERRORS,
     HOST,
     MODEL,
+    SHARES,
     check,
     conditioning,
     core_patcher,
     in_part_and_whole,
+    loading,
     pass_inputs,
     relative,
     sampled,
@@ -149,18 +151,6 @@ def lora_order() -> Any:
             "ranged": relative(before, sampled(HOST.with_shift(model, 3.0), prompt, steps=8))}
 
 
-def in_part(patcher: Any, prompt: Any) -> torch.Tensor:
-    """Sampled with next to nothing loaded."""
-    whole = comfy.model_patcher.ModelPatcher.load
-
-    def load(self: Any, device: Any = None, *args: Any, **options: Any) -> Any:
-        return whole(self, device, **{**options, "lowvram_model_memory": 2000, "full_load": False})
-
-    comfy.model_management.unload_all_models()
-    with mock.patch.object(comfy.model_patcher.ModelPatcher, "load", load):
-        return sampled(patcher, prompt)
-
-
 @check
 def lora_reads_weights() -> Any:
     """LoRAs that depend on the weight, beside it, where another LoRA changes it: loaded, streamed, and by the host."""
@@ -171,9 +161,10 @@ def lora_reads_weights() -> Any:
         for name in ("dora", "oft2"):
             beside, fixed = (HOST.with_loras(model, None, [*rows("under"), *rows(name, 1.0, **more)])[0]
                              for more in ({"end": 0.999}, {}))
-            expected = sampled(fixed, prompt)
-            found[f"{name} on {kind}"] = {"loaded": relative(sampled(beside, prompt), expected),
-                                          "streamed": relative(in_part(beside, prompt), expected),
+            expected, whole = (sampled(made, prompt) for made in (fixed, beside))
+            with loading(SHARES["nothing"]):
+                streamed = sampled(beside, prompt)
+            found[f"{name} on {kind}"] = {"loaded": relative(whole, expected), "streamed": relative(streamed, expected),
                                           "changed": relative(expected, under)}
     return found
 

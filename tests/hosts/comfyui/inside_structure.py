@@ -7,14 +7,9 @@ import importlib
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import comfy.model_management
-import comfy.model_patcher
 import folder_paths
 import torch
 from inside import (
@@ -22,9 +17,11 @@ from inside import (
     ERRORS,
     HOST,
     MODEL,
+    SHARES,
     check,
     conditioning,
     core_patcher,
+    loading,
     loras,
     our_sampler,
     patched,
@@ -36,30 +33,11 @@ from inside_variants import KEPT, VAE, control, of, random_file
 from safetensors.torch import save_file
 
 OPTIONS = {"kind": "depth", "guidance": 0.0, "width": 112, "height": 96, "fit": "stretch"}
-SHARES = {"all": None, "a third": 3, "nothing": 10**9}
 
 
 def the_map() -> torch.Tensor:
     """The same in every process."""
     return torch.rand(1, 60, 100, 3, generator=torch.Generator().manual_seed(12))
-
-
-@contextmanager
-def loading(share: int | None) -> Iterator[None]:
-    """The host loads one part in `share` of every model's weights; None: as it likes, which is all."""
-    comfy.model_management.unload_all_models()  # what is loaded would stay so
-    if share is None:
-        yield
-        return
-    load = comfy.model_patcher.ModelPatcher.load
-
-    def limited(self: Any, device_to: Any = None, lowvram_model_memory: int = 0, force_patch_weights: bool = False,
-                full_load: bool = False) -> Any:
-        return load(self, device_to, lowvram_model_memory=max(1, self.model_size() // share),
-                    force_patch_weights=force_patch_weights, full_load=False)
-
-    with mock.patch.object(comfy.model_patcher.ModelPatcher, "load", limited):
-        yield
 
 
 def structured(prompt: Any, vae: Any, model: Any = None) -> tuple[Any, ...]:
